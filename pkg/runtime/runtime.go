@@ -1,0 +1,87 @@
+// Package runtime is the seam between what a workload is and the walls it runs behind. No code above it asks which
+// runtime it has.
+package runtime
+
+import (
+	"context"
+	"net"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// ErrNotRunning: the sandbox is not there, or its host processes are gone.
+var ErrNotRunning = spec.Errorf(spec.KindWrongState, "sandbox is not running")
+
+// Runtime builds walls. Its methods may be called concurrently for different sandboxes; for one sandbox the caller
+// makes one call at a time.
+type Runtime interface {
+	// Start boots s until its agent can be dialled. If it fails, nothing of s is left on the host. The instance
+	// outlives the daemon: only Kill or Remove ends it.
+	Start(ctx context.Context, s spec.Sandbox) (Instance, error)
+	// Attach finds an instance that an earlier daemon started; ErrNotRunning if there is none.
+	Attach(ctx context.Context, id string) (Instance, error)
+	// Remove deletes everything on the host that bears id, kills what still runs and waits until it has gone.
+	// Idempotent; works on half-made instances and on unknown ids.
+	Remove(ctx context.Context, id string) error
+	// List names every sandbox of which something is on the host, running or not, so that recovery finds what no record
+	// speaks of.
+	List(ctx context.Context) ([]string, error)
+}
+
+// Instance is a booted sandbox seen from the host. What it says is a fact.
+type Instance interface {
+	// Dial connects to the agent, until Done is closed; afterwards ErrNotRunning. It may be called again when a
+	// connection is lost.
+	Dial(ctx context.Context) (net.Conn, error)
+	// Kill ends every process of the sandbox at once. Idempotent; does not wait.
+	Kill() error
+	// Done is closed when the last host process of the sandbox has gone.
+	Done() <-chan struct{}
+	// Usage is from the cgroup, never from the agent.
+	Usage() (spec.Usage, error)
+	// Facts are fixed for the life of the instance.
+	Facts() Facts
+}
+
+// Facts are what a status shows of an instance.
+type Facts struct {
+	// Of the first host process: the agent's or QEMU's.
+	HostPID int
+	// "kvm" or "tcg"; empty where there is no VMM.
+	Accelerator string
+	// How Dial reaches the agent: "unix", "vsock", "vhost-user-vsock".
+	AgentTransport string
+}
+
+// Prober is a runtime that can say whether it would work on this host, and why. Every runtime of this repository is one;
+// a fake need not be.
+type Prober interface {
+	// Probe is bounded in time and leaves nothing behind. Its result may be cached for as long as the host is up.
+	Probe(ctx context.Context) Availability
+}
+
+// Availability is a runtime's answer about its host.
+type Availability struct {
+	Available bool
+	// One sentence, in both cases.
+	Reason string
+	// The accelerator a sandbox would get, and why that one.
+	Accelerator       string
+	AcceleratorReason string
+	AgentTransport    string
+	// Each thing looked at.
+	Checks []Check
+	// Version of the VMM and path of the guest kernel, where there are such.
+	VMMVersion  string
+	GuestKernel string
+}
+
+// Check is one thing looked at by a Prober, for `sandboxctl doctor`.
+type Check struct {
+	Name string
+	// "ok", "warning" or "failed".
+	Result  string
+	Finding string
+	// What to do; empty when ok.
+	Advice string
+}

@@ -1,0 +1,123 @@
+package spec
+
+import "time"
+
+// Isolation is the kind of wall around a workload. The empty value is invalid: forgetting to decide must never mean
+// sharing the kernel.
+type Isolation string
+
+const (
+	// IsolationAuto asks for exactly what the policy demands. It is never the isolation of a sandbox.
+	IsolationAuto      Isolation = "auto"
+	IsolationContainer Isolation = "container"
+	IsolationVM        Isolation = "vm"
+)
+
+// Weaker reports whether i promises less than o. Only container and vm compare; container is weaker than vm.
+func (i Isolation) Weaker(o Isolation) bool {
+	return i == IsolationContainer && o == IsolationVM
+}
+
+// Workload is what a caller asks for.
+type Workload struct {
+	Image     string    `json:"image"`
+	Isolation Isolation `json:"isolation"`
+	// Process as asked: what is empty comes from the image's configuration.
+	Process      Process   `json:"process"`
+	Resources    Resources `json:"resources"`
+	Hostname     string    `json:"hostname,omitempty"`
+	Mounts       []Mount   `json:"mounts,omitempty"`
+	Network      string    `json:"network,omitempty"`
+	ReadOnlyRoot bool      `json:"readOnlyRoot,omitempty"`
+	// Canonical names: CAP_NET_ADMIN, or ALL.
+	CapAdd     []string `json:"capAdd,omitempty"`
+	CapDrop    []string `json:"capDrop,omitempty"`
+	StopSignal string   `json:"stopSignal,omitempty"`
+}
+
+// Process is a process to run: the workload's own, or one exec'd into it.
+type Process struct {
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Command    []string `json:"command,omitempty"`
+	// NAME=value
+	Env []string `json:"env,omitempty"`
+	// NAME|UID[:GROUP|GID], resolved by the agent in the image's own files.
+	User         string       `json:"user,omitempty"`
+	WorkingDir   string       `json:"workingDir,omitempty"`
+	Terminal     bool         `json:"terminal,omitempty"`
+	TerminalSize TerminalSize `json:"terminalSize,omitzero"`
+	Stdin        bool         `json:"stdin,omitempty"`
+	Rlimits      []Rlimit     `json:"rlimits,omitempty"`
+}
+
+// TerminalSize is in character cells; the zero value leaves the kernel's default.
+type TerminalSize struct {
+	Rows    uint16 `json:"rows,omitempty"`
+	Columns uint16 `json:"columns,omitempty"`
+}
+
+// Rlimit is one resource limit of a process. Type is canonical: RLIMIT_NOFILE.
+type Rlimit struct {
+	Type string `json:"type"`
+	Soft uint64 `json:"soft"`
+	Hard uint64 `json:"hard"`
+}
+
+// Resources bound a sandbox. In a Workload zero means the default; in a Sandbox every field is set.
+type Resources struct {
+	// Thousandths of a processor.
+	CPUMillis uint32 `json:"cpuMillis,omitempty"`
+	// Bytes the workload may use. A VM's guest has this much; what the VMM needs comes on top.
+	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
+	// Processes and threads.
+	Pids uint32 `json:"pids,omitempty"`
+	// Size of the writable layer, in bytes.
+	DiskBytes uint64 `json:"diskBytes,omitempty"`
+}
+
+// MountType is what a Mount shows in the sandbox.
+type MountType string
+
+const (
+	MountBind  MountType = "bind"
+	MountTmpfs MountType = "tmpfs"
+)
+
+// Mount is something mounted over the image in the sandbox.
+type Mount struct {
+	Type MountType `json:"type"`
+	// On the host; empty for a tmpfs.
+	Source string `json:"source,omitempty"`
+	// Absolute, in the sandbox.
+	Target    string `json:"target"`
+	ReadOnly  bool   `json:"readOnly,omitempty"`
+	SizeBytes uint64 `json:"sizeBytes,omitempty"`
+	Mode      uint32 `json:"mode,omitempty"`
+}
+
+// ImageConfig is what an image says about running it.
+type ImageConfig struct {
+	Entrypoint []string          `json:"entrypoint,omitempty"`
+	Command    []string          `json:"command,omitempty"`
+	Env        []string          `json:"env,omitempty"`
+	User       string            `json:"user,omitempty"`
+	WorkingDir string            `json:"workingDir,omitempty"`
+	StopSignal string            `json:"stopSignal,omitempty"`
+	Labels     map[string]string `json:"labels,omitempty"`
+}
+
+// Caller is who asked, as the transport proved it.
+type Caller struct {
+	UID  uint32   `json:"uid"`
+	GID  uint32   `json:"gid"`
+	GIDs []uint32 `json:"gids,omitempty"`
+	PID  int32    `json:"pid,omitempty"`
+}
+
+// Exit is how a process ended.
+type Exit struct {
+	// 0 to 255; 128+Signal when a signal ended it.
+	Code   int       `json:"code"`
+	Signal int       `json:"signal,omitempty"`
+	Time   time.Time `json:"time"`
+}
