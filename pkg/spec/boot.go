@@ -1,0 +1,32 @@
+package spec
+
+// What an agent is told at its birth, before it can be called. Both forms are JSON.
+
+// ContainerBoot is the one message a container's agent reads from its boot socket (descriptor 3, SOCK_SEQPACKET). With
+// it come descriptors by SCM_RIGHTS, in this order: the detached root mount, the listening Unix stream socket the
+// agent serves on. The agent answers with a BootResult, closes the socket and serves. It attaches the root only when
+// CreateContainer says how.
+type ContainerBoot struct {
+	Version int `json:"version"` // ProtocolVersion
+}
+
+// BootResult is the agent's answer on the boot socket.
+type BootResult struct {
+	// Empty on success.
+	Error string `json:"error,omitempty"`
+}
+
+// VMBoot is the file /boot.json of a guest's initramfs, mode 0400, made anew for each boot.
+type VMBoot struct {
+	Version int `json:"version"` // ProtocolVersion
+	// Hexadecimal, TokenLen bytes.
+	Token string `json:"token"`
+	// Kernel modules to load before anything else, in order: absolute paths in the initramfs.
+	Modules []string `json:"modules,omitempty"`
+	// The host's vsock port to dial (CID 2).
+	VsockPort uint32 `json:"vsockPort"`
+	// Block devices, by virtio-blk serial number (/sys/block/*/serial): the EROFS image, read-only, and the ext4 writable
+	// layer that has the directories upper and work.
+	ImageSerial string `json:"imageSerial"`
+	DiskSerial  string `json:"diskSerial"`
+}
