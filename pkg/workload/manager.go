@@ -1,33 +1,178 @@
 package workload
 
 import (
+	"cmp"
 	"context"
-	"io"
-	"time"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/policy"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-// Manager owns every workload of a daemon. Workloads are named by id, by an unambiguous prefix of it of at least four
-// digits, or by name; ref stands for any of these.
-type Manager struct{}
-
-// CreateOptions are what a caller asks for.
-type CreateOptions struct {
-	Name   string
-	Labels map[string]string
-	Spec   spec.Workload
-	Caller spec.Caller
+// Images is what the manager needs of an image store.
+type Images interface {
+	// Get finds an image by name or digest; KindNotFound if there is none.
+	Get(ref string) (image.Image, error)
 }
 
-func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error) { panic("") }
+// Config is what a Manager is made of.
+type Config struct {
+	// Records and output live below StateDir/workloads.
+	StateDir string
+	Log      *zap.Logger
+	Images   Images
+	Policy   *policy.Policy
+	Runtimes map[spec.Isolation]runtime.Runtime
+	// Host is asked at each decision what the host can give.
+	Host func() policy.Host
+	// What a workload gets that does not say; fields left zero are DefaultResources'.
+	Defaults spec.Resources
+}
 
-// Start answers when the process runs. An error with reason PROCESS_NOT_FOUND or PROCESS_NOT_EXECUTABLE leaves the
-// workload EXITED with 127 or 126.
-func (m *Manager) Start(ctx context.Context, ref string) (Workload, error) { panic("") }
+// DefaultResources are what a workload gets that does not ask, unless the operator says otherwise.
+var DefaultResources = spec.Resources{
+	CPUMillis:   1000,
+	MemoryBytes: 512 << 20,
+	Pids:        512,
+	DiskBytes:   2 << 30,
+}
 
-func (m *Manager) Get(ref string) (Workload, error) { panic("") }
+// Manager owns every workload of a daemon. Workloads are named by id, by an unambiguous prefix of it of at least four
+// digits, or by name; ref stands for any of these.
+//
+// Lock order: entry.op, Manager.mu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
+type Manager struct {
+	cfg    Config
+	dir    string
+	store  *store
+	events *eventRing
+	// Ends with Close: everything that waits gives up, nothing of any sandbox is touched.
+	ctx    context.Context
+	cancel context.CancelFunc
+	owned  sync.WaitGroup // supervisors, starts and deletions
+
+	mu     sync.Mutex // guards what follows
+	byID   map[string]*entry
+	byName map[string]*entry
+}
+
+var errClosing = spec.Errorf(spec.KindUnavailable, "sandboxd is shutting down: call again when it is back")
+
+// New opens the records below cfg.StateDir. Call Recover before anything else.
+func New(cfg Config) (*Manager, error) {
+	cfg.Defaults = withDefaults(cfg.Defaults, DefaultResources)
+	dir := filepath.Join(cfg.StateDir, "workloads")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("cannot make state directory: %w", err)
+	}
+	st, err := openStore(filepath.Join(dir, "workloads.db"))
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		cfg: cfg, dir: dir, store: st, events: newEventRing(),
+		byID: map[string]*entry{}, byName: map[string]*entry{},
+	}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	records, err := st.all()
+	if err != nil {
+		st.close()
+		return nil, err
+	}
+	for _, r := range records {
+		m.addLocked(newEntry(m, r))
+	}
+	return m, nil
+}
+
+func withDefaults(r, d spec.Resources) spec.Resources {
+	return spec.Resources{
+		CPUMillis:   cmp.Or(r.CPUMillis, d.CPUMillis),
+		MemoryBytes: cmp.Or(r.MemoryBytes, d.MemoryBytes),
+		Pids:        cmp.Or(r.Pids, d.Pids),
+		DiskBytes:   cmp.Or(r.DiskBytes, d.DiskBytes),
+	}
+}
+
+// Close lets go of every workload without touching it and closes the records. The sandboxes run on.
+func (m *Manager) Close() error {
+	m.cancel()
+	m.owned.Wait()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, e := range m.byID {
+		e.closeLog()
+	}
+	return m.store.close()
+}
+
+func (m *Manager) addLocked(e *entry) {
+	m.byID[e.id] = e
+	m.byName[e.name] = e
+}
+
+func (m *Manager) forget(e *entry) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.byID, e.id)
+	if m.byName[e.name] == e {
+		delete(m.byName, e.name)
+	}
+}
+
+// has reports whether e is still a workload of this daemon.
+func (m *Manager) has(e *entry) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.byID[e.id] == e
+}
+
+// minPrefix is how many digits of an id are needed to mean it.
+const minPrefix = 4
+
+func (m *Manager) find(ref string) (*entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.byID[ref]; e != nil {
+		return e, nil
+	}
+	if e := m.byName[ref]; e != nil {
+		return e, nil
+	}
+	var found *entry
+	if len(ref) >= minPrefix {
+		for id, e := range m.byID {
+			if !strings.HasPrefix(id, ref) {
+				continue
+			}
+			if found != nil {
+				return nil, spec.Invalidf("id", "%q is the beginning of more than one workload's id: give more digits", ref)
+			}
+			found = e
+		}
+	}
+	if found == nil {
+		return nil, spec.Errorf(spec.KindNotFound, "no workload %q: `sandboxctl ps -a` lists them", ref)
+	}
+	return found, nil
+}
+
+func (m *Manager) Get(ref string) (Workload, error) {
+	e, err := m.find(ref)
+	if err != nil {
+		return Workload{}, err
+	}
+	return e.workload(), nil
+}
 
 // Filter selects workloads; the zero value selects all.
 type Filter struct {
@@ -37,131 +182,65 @@ type Filter struct {
 	Isolation spec.Isolation
 }
 
+func (f Filter) match(w Workload) bool {
+	for k, v := range f.Labels {
+		if got, ok := w.Labels[k]; !ok || v != "" && got != v {
+			return false
+		}
+	}
+	return (len(f.States) == 0 || slices.Contains(f.States, w.Status.State)) &&
+		(f.Isolation == "" || f.Isolation == w.Status.Isolation)
+}
+
 // List answers with at most size workloads, oldest first, and the token of the next page.
-func (m *Manager) List(f Filter, size int, token string) ([]Workload, string, error) { panic("") }
-
-func (m *Manager) Stop(ctx context.Context, ref string, grace time.Duration) (Workload, error) {
-	panic("")
+func (m *Manager) List(f Filter, size int, token string) ([]Workload, string, error) {
+	m.mu.Lock()
+	entries := make([]*entry, 0, len(m.byID))
+	for _, e := range m.byID {
+		entries = append(entries, e)
+	}
+	m.mu.Unlock()
+	slices.SortFunc(entries, func(a, b *entry) int { return strings.Compare(a.pageKey(), b.pageKey()) })
+	if token != "" {
+		i, found := slices.BinarySearchFunc(entries, token, func(e *entry, t string) int { return strings.Compare(e.pageKey(), t) })
+		if found {
+			i++
+		}
+		entries = entries[i:]
+	}
+	var out []Workload
+	last := ""
+	for _, e := range entries {
+		w := e.workload()
+		if !f.match(w) {
+			continue
+		}
+		if len(out) == size {
+			return out, last, nil
+		}
+		out, last = append(out, w), e.pageKey()
+	}
+	return out, "", nil
 }
-
-// Kill sends a signal, named (SIGTERM, TERM) or numbered, SIGKILL when empty.
-func (m *Manager) Kill(ctx context.Context, ref, signal string) error { panic("") }
-
-// Wait answers when the workload is EXITED or FAILED.
-func (m *Manager) Wait(ctx context.Context, ref string) (Workload, error) { panic("") }
-
-func (m *Manager) Delete(ctx context.Context, ref string, force bool) error { panic("") }
-
-// Exec starts a further process in a running workload. Empty User, WorkingDir and Env come from the workload;
-// Process.Command is the whole argv.
-func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session, error) {
-	panic("")
-}
-
-// Attach connects to the workload's own process, also before it has started. With fromStart the output so far comes first.
-func (m *Manager) Attach(ctx context.Context, ref string, fromStart bool) (Session, error) {
-	panic("")
-}
-
-// Session is a caller's connection to a process.
-type Session interface {
-	// PID in the sandbox's pid namespace; 0 for an attachment.
-	PID() int
-	// Output calls fn with each piece in order until the process's output ends (nil), fn fails, or ctx is done.
-	Output(ctx context.Context, fn func(stream Stream, data []byte) error) error
-	// Write returns once the bytes are accepted by the process; io.ErrClosedPipe once it takes no more.
-	Write(ctx context.Context, p []byte) error
-	CloseStdin(ctx context.Context) error
-	Resize(ctx context.Context, size spec.TerminalSize) error
-	Signal(ctx context.Context, signal string) error
-	Wait(ctx context.Context) (spec.Exit, error)
-	// Close ends the session: an exec'd process that still runs is killed and forgotten, an attachment leaves its process alone.
-	Close() error
-}
-
-// Stream is which of a process's output streams.
-type Stream uint8
-
-const (
-	Stdout Stream = 1
-	Stderr Stream = 2
-)
-
-// LogOptions select part of a workload's output.
-type LogOptions struct {
-	Follow bool
-	// Last lines; negative means all.
-	Tail  int
-	Since time.Time
-}
-
-// LogEntry is one piece of output as it was read, not cut at line ends.
-type LogEntry struct {
-	Time   time.Time
-	Stream Stream
-	Data   []byte
-}
-
-func (m *Manager) Logs(ctx context.Context, ref string, o LogOptions, fn func(LogEntry) error) error {
-	panic("")
-}
-
-func (m *Manager) CopyIn(ctx context.Context, ref, path string, r io.Reader) error  { panic("") }
-func (m *Manager) CopyOut(ctx context.Context, ref, path string, w io.Writer) error { panic("") }
-
-// Usage is what the host counts and what the agent claims.
-type Usage struct {
-	Workload Workload
-	Host     spec.Usage
-	Claims   spec.Claims
-}
-
-func (m *Manager) Usage(ctx context.Context, ref string) (Usage, error) { panic("") }
-
-// EventType says what happened.
-type EventType string
-
-const (
-	EventCreated      EventType = "created"
-	EventStarting     EventType = "starting"
-	EventStarted      EventType = "started"
-	EventStopping     EventType = "stopping"
-	EventExited       EventType = "exited"
-	EventFailed       EventType = "failed"
-	EventDeleted      EventType = "deleted"
-	EventExecStarted  EventType = "exec-started"
-	EventExecExited   EventType = "exec-exited"
-	EventRecovered    EventType = "recovered"
-	EventImageAdded   EventType = "image-added"
-	EventImageRemoved EventType = "image-removed"
-)
-
-// Event is something that happened to a workload or an image.
-type Event struct {
-	Time         time.Time
-	Type         EventType
-	WorkloadID   string
-	WorkloadName string
-	Isolation    spec.Isolation
-	Message      string
-	Attributes   map[string]string
-}
-
-// Watch calls fn with each event, the past ones from since on first (unless zero), until ctx is done or fn fails.
-// ref, when not empty, selects one workload.
-func (m *Manager) Watch(ctx context.Context, ref string, since time.Time, fn func(Event) error) error {
-	panic("")
-}
-
-// OCIConfig is the effective OCI runtime-spec config, as JSON.
-func (m *Manager) OCIConfig(ctx context.Context, ref string) ([]byte, error) { panic("") }
-
-// Explain says what would be decided, and changes nothing. A denial is in the Decision; the error is for requests
-// that cannot be decided at all.
-func (m *Manager) Explain(ctx context.Context, o CreateOptions) (policy.Decision, error) { panic("") }
 
 // ImageInUse reports whether a workload uses the image of a digest.
-func (m *Manager) ImageInUse(digest string) bool { panic("") }
+func (m *Manager) ImageInUse(digest string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, e := range m.byID {
+		if e.digest == digest {
+			return true
+		}
+	}
+	return false
+}
 
-// Announce publishes an event that happened outside the manager.
-func (m *Manager) Announce(e Event) { panic("") }
+func (m *Manager) entries() []*entry {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*entry, 0, len(m.byID))
+	for _, e := range m.byID {
+		out = append(out, e)
+	}
+	return out
+}

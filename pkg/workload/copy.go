@@ -1,0 +1,32 @@
+package workload
+
+import (
+	"context"
+	"io"
+)
+
+// CopyIn unpacks a tar stream below a directory of a running workload.
+func (m *Manager) CopyIn(ctx context.Context, ref, path string, r io.Reader) error {
+	e, err := m.find(ref)
+	if err != nil {
+		return err
+	}
+	live, err := e.running()
+	if err != nil {
+		return err
+	}
+	return e.sessionError(live.client.CopyIn(ctx, containerID, path, r))
+}
+
+// CopyOut writes a tar stream of a file or directory of a running workload.
+func (m *Manager) CopyOut(ctx context.Context, ref, path string, w io.Writer) error {
+	e, err := m.find(ref)
+	if err != nil {
+		return err
+	}
+	live, err := e.running()
+	if err != nil {
+		return err
+	}
+	return e.sessionError(live.client.CopyOut(ctx, containerID, path, w))
+}

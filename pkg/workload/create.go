@@ -1,0 +1,130 @@
+package workload
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/sandboxd/sandboxd/pkg/image"
+	"github.com/sandboxd/sandboxd/pkg/oci"
+	"github.com/sandboxd/sandboxd/pkg/policy"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// CreateOptions are what a caller asks for.
+type CreateOptions struct {
+	Name   string
+	Labels map[string]string
+	Spec   spec.Workload
+	Caller spec.Caller
+}
+
+// Create records a workload and the policy's decision. It runs nothing.
+func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error) {
+	id, err := newID()
+	if err != nil {
+		return Workload{}, err
+	}
+	if o.Name == "" {
+		o.Name = id[:12]
+	}
+	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
+	img, err := m.cfg.Images.Get(o.Spec.Image)
+	if err != nil {
+		return Workload{}, err
+	}
+	decision, err := m.decide(o, img)
+	if err != nil {
+		return Workload{}, err
+	}
+	// Only to learn now, not at the start, what cannot be run.
+	if _, err := oci.Config(id, o.Spec, img.Config, decision.Granted); err != nil {
+		return Workload{}, err
+	}
+	e := newEntry(m, &record{
+		Workload: Workload{
+			ID: id, Name: o.Name, Labels: maps.Clone(o.Labels), Spec: o.Spec, CreatedAt: time.Now().UTC(),
+			Status: Status{State: StateCreated, Isolation: decision.Granted, Decision: decision, ImageDigest: img.Digest},
+		},
+		Caller: o.Caller,
+	})
+	if err := m.add(e); err != nil {
+		return Workload{}, err
+	}
+	// With the entry in the table the image can no longer be removed; before, it may have been.
+	if _, err := m.cfg.Images.Get(img.Digest); err != nil {
+		m.forget(e)
+		return Workload{}, err
+	}
+	if err := m.store.put(&e.rec); err != nil {
+		m.forget(e)
+		return Workload{}, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.announceLocked()
+	return e.workloadLocked(), nil
+}
+
+func newID() (string, error) {
+	var b [16]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return "", fmt.Errorf("cannot draw an id: %w", err)
+	}
+	return hex.EncodeToString(b[:]), nil
+}
+
+func (m *Manager) add(e *entry) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if other := m.byName[e.name]; other != nil {
+		return spec.Errorf(spec.KindAlreadyExists, "the name %q is taken by workload %s: choose another or remove it with `sandboxctl rm`", e.name, other.id[:12])
+	}
+	m.addLocked(e)
+	return nil
+}
+
+func (m *Manager) decide(o CreateOptions, img image.Image) (policy.Decision, error) {
+	return m.cfg.Policy.Decide(policy.Input{
+		Request: policy.Request{Image: o.Spec.Image, Labels: o.Labels, Workload: o.Spec, Name: o.Name},
+		Image:   policy.Image{Digest: img.Digest, Names: img.Names, Config: img.Config},
+		Caller:  o.Caller,
+		Host:    m.cfg.Host(),
+	})
+}
+
+// Explain says what would be decided, and changes nothing. A refusal comes as the Decision together with its error; an
+// error without a rule is for requests that cannot be decided at all.
+func (m *Manager) Explain(ctx context.Context, o CreateOptions) (policy.Decision, error) {
+	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
+	img, err := m.cfg.Images.Get(o.Spec.Image)
+	if err != nil {
+		return policy.Decision{}, err
+	}
+	return m.decide(o, img)
+}
+
+// OCIConfig is the effective OCI runtime-spec config, as JSON.
+func (m *Manager) OCIConfig(ctx context.Context, ref string) ([]byte, error) {
+	w, err := m.Get(ref)
+	if err != nil {
+		return nil, err
+	}
+	img, err := m.cfg.Images.Get(w.Status.ImageDigest)
+	if err != nil {
+		return nil, err
+	}
+	config, err := oci.Config(w.ID, w.Spec, img.Config, w.Status.Isolation)
+	if err != nil {
+		return nil, err
+	}
+	b, err := json.MarshalIndent(config, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode OCI config: %w", err)
+	}
+	return b, nil
+}

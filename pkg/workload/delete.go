@@ -1,0 +1,105 @@
+package workload
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// Delete removes a workload, its output and its writable layer; one that runs only with force, which kills it. Once
+// begun it goes on without its caller, and after a restart.
+func (m *Manager) Delete(ctx context.Context, ref string, force bool) error {
+	e, err := m.find(ref)
+	if err != nil {
+		return err
+	}
+	if force {
+		if err := e.killWalls(ctx); err != nil {
+			return err
+		}
+	}
+	if err := e.lock(ctx); err != nil {
+		return err
+	}
+	result := make(chan error, 1)
+	m.owned.Go(func() {
+		defer e.unlock()
+		result <- e.delete()
+	})
+	select {
+	case err := <-result:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// killWalls ends a workload at once, whatever it is doing.
+func (e *entry) killWalls(ctx context.Context) error {
+	for {
+		rec, r, changed := e.peek()
+		switch rec.Status.State {
+		case StateStarting:
+			e.mu.Lock()
+			if e.cancelStart != nil {
+				e.cancelStart()
+			}
+			e.mu.Unlock()
+		case StateRunning, StateStopping:
+			if r != nil {
+				if err := r.inst.Kill(); err != nil {
+					return err
+				}
+			}
+		default:
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-e.m.ctx.Done():
+			return errClosing
+		}
+	}
+}
+
+// delete runs with e.op held.
+func (e *entry) delete() error {
+	e.mu.Lock()
+	switch s := e.rec.Status.State; {
+	case s == StateCreated, s == StateDeleting, terminal(s):
+		e.mu.Unlock()
+	default:
+		defer e.mu.Unlock()
+		return spec.Errorf(spec.KindWrongState, "workload %q is %s: stop it first, or remove it by force (`sandboxctl rm -f`)", e.name, s)
+	}
+	if !e.m.has(e) {
+		return spec.Errorf(spec.KindNotFound, "no workload %q: it was deleted meanwhile", e.name)
+	}
+	if err := e.setState(StateDeleting, nil); err != nil {
+		return err
+	}
+	return e.remove()
+}
+
+// remove finishes what the state DELETING promises.
+func (e *entry) remove() error {
+	e.closeLog()
+	ctx, cancel := context.WithTimeout(context.Background(), releaseLimit)
+	defer cancel()
+	if err := e.runtime().Remove(ctx, e.id); err != nil {
+		return fmt.Errorf("cannot remove sandbox of workload %q: %w", e.name, err)
+	}
+	if err := os.RemoveAll(e.dir()); err != nil {
+		return fmt.Errorf("cannot remove output of workload %q: %w", e.name, err)
+	}
+	if err := e.m.store.delete(e.id); err != nil {
+		return err
+	}
+	e.m.forget(e)
+	e.announce(EventDeleted, nil)
+	return nil
+}

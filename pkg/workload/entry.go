@@ -1,0 +1,269 @@
+package workload
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// entry is a workload in the daemon's memory.
+type entry struct {
+	m *Manager
+	// Fixed.
+	id, name, digest string
+	created          time.Time
+	// Held by the verb that is building or taking down the workload's walls.
+	op chan struct{}
+
+	mu  sync.Mutex // guards what follows
+	rec record
+	// In STARTING (once the walls stand), RUNNING and STOPPING.
+	run *run
+	log *outputLog
+	// Closed and replaced at each change of state.
+	changed chan struct{}
+	// Calls off a start that is under way.
+	cancelStart context.CancelFunc
+}
+
+// run is one life of a workload's process, from the standing of its walls to their removal.
+type run struct {
+	inst   runtime.Instance
+	client *agent.Client
+	proc   *agent.Process
+
+	stdinMu sync.Mutex // guards stdin: attached callers take turns
+	stdin   stdin
+}
+
+// containerID names the one container of a sandbox to its agent.
+const containerID = "main"
+
+func newEntry(m *Manager, r *record) *entry {
+	return &entry{
+		m: m, id: r.ID, name: r.Name, digest: r.Status.ImageDigest, created: r.CreatedAt,
+		op: make(chan struct{}, 1), rec: *r, changed: make(chan struct{}),
+	}
+}
+
+// pageKey orders workloads by age.
+func (e *entry) pageKey() string {
+	return fmt.Sprintf("%020d-%s", e.created.UnixNano(), e.id)
+}
+
+func (e *entry) dir() string { return filepath.Join(e.m.dir, e.id) }
+
+func (e *entry) runtime() runtime.Runtime { return e.m.cfg.Runtimes[e.isolation()] }
+
+func (e *entry) isolation() spec.Isolation {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.rec.Status.Isolation
+}
+
+// runProcess names the process of the n-th start to the agent.
+func runProcess(n int) string { return "run-" + strconv.Itoa(n) }
+
+// workload answers with a copy.
+func (e *entry) workload() Workload {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.workloadLocked()
+}
+
+func (e *entry) workloadLocked() Workload {
+	w := e.rec.Workload
+	w.Labels = maps.Clone(w.Labels)
+	w.Spec.Mounts = slices.Clone(w.Spec.Mounts)
+	if w.Status.Exit != nil {
+		exit := *w.Status.Exit
+		w.Status.Exit = &exit
+	}
+	return w
+}
+
+// peek answers with the state and a channel that is closed when it changes.
+func (e *entry) peek() (record, *run, <-chan struct{}) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.rec, e.run, e.changed
+}
+
+func terminal(s State) bool { return s == StateExited || s == StateFailed }
+
+// setState is the only place where a workload's state is assigned. change edits a copy of the record; the record is on
+// the disk before anyone sees it.
+func (e *entry) setState(s State, change func(*record)) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	next := e.rec
+	next.Status.State = s
+	if change != nil {
+		change(&next)
+	}
+	if err := e.m.store.put(&next); err != nil {
+		return err
+	}
+	from := e.rec.Status.State
+	e.rec = next
+	close(e.changed)
+	e.changed = make(chan struct{})
+	if from != s {
+		e.announceLocked()
+	}
+	return nil
+}
+
+// mustState is setState where the daemon cannot go back: what happened has happened, recorded or not.
+func (e *entry) mustState(s State, change func(*record)) {
+	if err := e.setState(s, change); err != nil {
+		e.m.cfg.Log.Error("cannot record state; after a restart it will be found again",
+			zap.String("workload", e.id), zap.String("state", string(s)), zap.Error(err))
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.rec.Status.State = s
+		if change != nil {
+			change(&e.rec)
+		}
+		close(e.changed)
+		e.changed = make(chan struct{})
+		e.announceLocked()
+	}
+}
+
+func (e *entry) setRun(r *run) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.run = r
+}
+
+// stateEvents says which event announces a state; DELETING has none, the end of it has.
+var stateEvents = map[State]EventType{
+	StateCreated:  EventCreated,
+	StateStarting: EventStarting,
+	StateRunning:  EventStarted,
+	StateStopping: EventStopping,
+	StateExited:   EventExited,
+	StateFailed:   EventFailed,
+}
+
+func (e *entry) announceLocked() {
+	t, ok := stateEvents[e.rec.Status.State]
+	if !ok {
+		return
+	}
+	e.m.events.publish(e.eventLocked(t))
+}
+
+func (e *entry) announce(t EventType, attributes map[string]string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	ev := e.eventLocked(t)
+	maps.Copy(ev.Attributes, attributes)
+	e.m.events.publish(ev)
+}
+
+func (e *entry) eventLocked(t EventType) Event {
+	st := e.rec.Status
+	a := map[string]string{
+		"image":  e.rec.Spec.Image,
+		"rule":   st.Decision.Rule,
+		"reason": st.Decision.Reason,
+	}
+	if t == EventExited && st.Exit != nil {
+		a["exit_code"] = strconv.Itoa(st.Exit.Code)
+	}
+	return Event{
+		Time: time.Now(), Type: t, WorkloadID: e.id, WorkloadName: e.name,
+		Isolation: st.Isolation, Message: st.Message, Attributes: a,
+	}
+}
+
+// lock takes the workload for a verb that builds or takes down its walls.
+func (e *entry) lock(ctx context.Context) error {
+	select {
+	case e.op <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-e.m.ctx.Done():
+		return errClosing
+	}
+}
+
+func (e *entry) unlock() { <-e.op }
+
+// await returns when done says so of the record, which it does at the latest when the state changes.
+func (e *entry) await(ctx context.Context, done func(record) bool) (record, error) {
+	for {
+		rec, _, changed := e.peek()
+		if done(rec) {
+			return rec, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return rec, ctx.Err()
+		case <-e.m.ctx.Done():
+			return rec, errClosing
+		}
+	}
+}
+
+// output answers with the workload's log, opening it if need be.
+func (e *entry) output() (*outputLog, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.rec.Status.State == StateDeleting {
+		return nil, e.goneLocked()
+	}
+	if e.log == nil {
+		if err := os.MkdirAll(e.dir(), 0o700); err != nil {
+			return nil, fmt.Errorf("cannot make workload directory: %w", err)
+		}
+		l, err := openOutputLog(filepath.Join(e.dir(), "output.log"))
+		if err != nil {
+			return nil, err
+		}
+		e.log = l
+	}
+	return e.log, nil
+}
+
+func (e *entry) closeLog() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.log != nil {
+		e.log.close()
+	}
+}
+
+func (e *entry) goneLocked() error {
+	return spec.Errorf(spec.KindNotFound, "no workload %q: it is being deleted", e.name)
+}
+
+// running answers with the life of a running workload; KindWrongState says which state it is in otherwise.
+func (e *entry) running() (*run, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.rec.Status.State == StateRunning && e.run != nil {
+		return e.run, nil
+	}
+	return nil, e.wrongStateLocked("running")
+}
+
+func (e *entry) wrongStateLocked(need string) error {
+	return spec.Errorf(spec.KindWrongState, "workload %q is %s, not %s", e.name, e.rec.Status.State, need)
+}

@@ -1,0 +1,165 @@
+package workload
+
+import (
+	"context"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/oci"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// Exec starts a further process in a running workload. Empty User, WorkingDir and Env come from the workload;
+// Process.Command is the whole argv.
+func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session, error) {
+	e, err := m.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	r, err := e.running()
+	if err != nil {
+		return nil, err
+	}
+	rec, _, _ := e.peek()
+	img, err := m.cfg.Images.Get(e.digest)
+	if err != nil {
+		return nil, err
+	}
+	config, err := oci.Config(e.id, rec.Spec, img.Config, rec.Status.Isolation)
+	if err != nil {
+		return nil, err
+	}
+	process, err := oci.ExecProcess(config, p)
+	if err != nil {
+		return nil, err
+	}
+	id, err := newID()
+	if err != nil {
+		return nil, err
+	}
+	proc, err := r.client.Start(ctx, containerID, "exec-"+id, process, p.Stdin)
+	if err != nil {
+		return nil, e.sessionError(err)
+	}
+	s := &execSession{e: e, r: r, proc: proc, command: p.Command[0]}
+	s.stdin.synced = true
+	e.announce(EventExecStarted, map[string]string{"command": s.command})
+	return s, nil
+}
+
+// execSession is a process that lives as long as its session.
+type execSession struct {
+	e       *entry
+	r       *run
+	proc    *agent.Process
+	command string
+	stdin   stdin
+	exited  bool
+}
+
+func (s *execSession) PID() int { return s.proc.PID }
+
+func (s *execSession) Output(ctx context.Context, fn func(Stream, []byte) error) error {
+	for offset := uint64(0); ; {
+		chunks, eof, err := s.proc.ReadOutput(ctx, offset)
+		if err != nil {
+			if _, gone := s.ended(ctx, err); gone {
+				return nil
+			}
+			return err
+		}
+		for _, c := range chunks {
+			if err := fn(Stream(c.Stream), c.Data); err != nil {
+				return err
+			}
+			offset += uint64(len(c.Data))
+		}
+		if eof {
+			return nil
+		}
+	}
+}
+
+func (s *execSession) Write(ctx context.Context, p []byte) error {
+	return s.stdin.write(ctx, s.proc, p, false)
+}
+
+func (s *execSession) CloseStdin(ctx context.Context) error {
+	return s.stdin.write(ctx, s.proc, nil, true)
+}
+
+func (s *execSession) Resize(ctx context.Context, size spec.TerminalSize) error {
+	return s.proc.Resize(ctx, size)
+}
+
+func (s *execSession) Signal(ctx context.Context, signal string) error {
+	sig, err := parseSignal(signal)
+	if err != nil {
+		return err
+	}
+	return s.proc.Signal(ctx, sig, false)
+}
+
+func (s *execSession) Wait(ctx context.Context) (spec.Exit, error) {
+	exit, err := s.proc.Wait(ctx)
+	if err != nil {
+		gone := false
+		if exit, gone = s.ended(ctx, err); !gone {
+			return spec.Exit{}, err
+		}
+	}
+	s.exited = true
+	s.e.announce(EventExecExited, map[string]string{"command": s.command, "exit_code": strconv.Itoa(exit.Code)})
+	return exit, nil
+}
+
+// ended reports how the process ended when asking for it failed because its sandbox has gone: nothing outlives that.
+func (s *execSession) ended(ctx context.Context, err error) (spec.Exit, bool) {
+	if ctx.Err() != nil {
+		return spec.Exit{}, false
+	}
+	select {
+	case <-s.r.inst.Done():
+		return spec.Exit{Code: 128 + int(syscall.SIGKILL), Signal: int(syscall.SIGKILL), Time: time.Now()}, true
+	default:
+		return spec.Exit{}, false
+	}
+}
+
+// sessionCloseLimit bounds the farewell to an exec'd process.
+const sessionCloseLimit = 10 * time.Second
+
+func (s *execSession) Close() error {
+	ctx, cancel := context.WithTimeout(s.e.m.ctx, sessionCloseLimit)
+	defer cancel()
+	if !s.exited {
+		if err := s.proc.Signal(ctx, int(syscall.SIGKILL), false); err != nil {
+			return s.closeError(err)
+		}
+		if _, err := s.proc.Wait(ctx); err != nil {
+			return s.closeError(err)
+		}
+	}
+	return s.closeError(s.proc.Release(ctx))
+}
+
+// closeError drops errors that mean the sandbox has gone, and the process with it.
+func (s *execSession) closeError(err error) error {
+	if err == nil || spec.KindOf(err) == spec.KindWrongState || spec.KindOf(err) == spec.KindNotFound {
+		return nil
+	}
+	return err
+}
+
+// sessionError says which workload an agent's refusal is about.
+func (e *entry) sessionError(err error) error {
+	rec, _, _ := e.peek()
+	if spec.KindOf(err) == spec.KindWrongState && rec.Status.State != StateRunning {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.wrongStateLocked("running")
+	}
+	return err
+}

@@ -1,0 +1,166 @@
+package workload
+
+import (
+	"context"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/image"
+	"github.com/sandboxd/sandboxd/pkg/oci"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// startLimit bounds one start, from the first step to the running process: a VM under software emulation on a busy
+	// host takes seconds, tens of them at once take a minute.
+	startLimit = 3 * time.Minute
+	// releaseLimit bounds taking walls down.
+	releaseLimit = time.Minute
+)
+
+// Start answers when the process runs. An error with reason PROCESS_NOT_FOUND or PROCESS_NOT_EXECUTABLE leaves the
+// workload EXITED with 127 or 126. A caller that goes away does not call the start off.
+func (m *Manager) Start(ctx context.Context, ref string) (Workload, error) {
+	e, err := m.find(ref)
+	if err != nil {
+		return Workload{}, err
+	}
+	if err := e.lock(ctx); err != nil {
+		return Workload{}, err
+	}
+	result := make(chan error, 1)
+	m.owned.Go(func() {
+		defer e.unlock()
+		ctx, cancel := context.WithTimeout(m.ctx, startLimit)
+		defer cancel()
+		result <- e.start(ctx, cancel)
+	})
+	select {
+	case err := <-result:
+		return e.workload(), err
+	case <-ctx.Done():
+		return Workload{}, ctx.Err()
+	}
+}
+
+// start runs with e.op held.
+func (e *entry) start(ctx context.Context, cancel context.CancelFunc) error {
+	rec, _, _ := e.peek()
+	switch rec.Status.State {
+	case StateCreated, StateExited, StateFailed:
+	default:
+		return spec.Errorf(spec.KindWrongState, "workload %q is %s: only a created, exited or failed one can be started", e.name, rec.Status.State)
+	}
+	img, err := e.m.cfg.Images.Get(e.digest)
+	if err != nil {
+		return err
+	}
+	config, err := oci.Config(e.id, rec.Spec, img.Config, rec.Status.Isolation)
+	if err != nil {
+		return err
+	}
+	filter, err := oci.CompileSeccomp(config.Linux.Seccomp)
+	if err != nil {
+		return err
+	}
+	log, err := e.output()
+	if err != nil {
+		return err
+	}
+	_, written, _ := log.end()
+	if err := e.setState(StateStarting, func(r *record) {
+		r.Run++
+		r.LogBase = written
+		r.Status.Exit, r.Status.Message = nil, ""
+	}); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	e.cancelStart = cancel
+	e.mu.Unlock()
+	r, err := e.build(ctx, img, config, filter)
+	if err == nil {
+		m := e.m
+		m.owned.Go(func() { e.supervise(r) })
+		return nil
+	}
+	return e.startFailed(ctx, err)
+}
+
+// build raises the walls and starts the process. After an error the caller takes down what stands.
+func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter []byte) (_ *run, err error) {
+	rec, _, _ := e.peek()
+	inst, err := e.runtime().Start(ctx, spec.Sandbox{
+		ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network,
+	})
+	if err != nil {
+		return nil, err
+	}
+	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
+	defer func() {
+		if err != nil {
+			e.setRun(nil)
+			r.client.Close()
+		}
+	}()
+	e.setRun(r)
+	claims, err := r.client.Configure(ctx, config.Hostname)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.client.CreateContainer(ctx, containerID, config, filter); err != nil {
+		return nil, err
+	}
+	r.stdin.synced = true
+	r.proc, err = r.client.Start(ctx, containerID, runProcess(rec.Run), config.Process, rec.Spec.Process.Stdin)
+	if err != nil {
+		return nil, err
+	}
+	return r, e.setState(StateRunning, func(r *record) {
+		setFacts(r, inst.Facts())
+		r.Status.Claims = claims
+		r.Status.StartedAt = time.Now().UTC()
+	})
+}
+
+func setFacts(r *record, f runtime.Facts) {
+	r.Status.Accelerator = f.Accelerator
+	r.Status.AgentTransport = f.AgentTransport
+	r.Status.HostPID = f.HostPID
+}
+
+// startFailed takes down what stands of the walls and records why.
+func (e *entry) startFailed(ctx context.Context, cause error) error {
+	if ctx.Err() != nil && e.m.ctx.Err() != nil {
+		cause = spec.Errorf(spec.KindUnavailable, "sandboxd was shut down while workload %q was starting: start it again", e.name)
+	}
+	e.release()
+	exit := map[string]int{spec.ReasonProcessNotFound: 127, spec.ReasonProcessNotExecutable: 126}[spec.ReasonOf(cause)]
+	if exit != 0 {
+		e.mustState(StateExited, func(r *record) {
+			r.Status.Exit = &spec.Exit{Code: exit, Time: time.Now().UTC()}
+			r.Status.Message = cause.Error()
+			r.Status.HostPID = 0
+		})
+	} else {
+		e.mustState(StateFailed, func(r *record) {
+			r.Status.Message = cause.Error()
+			r.Status.HostPID = 0
+		})
+	}
+	return cause
+}
+
+// release takes the walls down and keeps the writable layer. What it cannot remove now is found again by Recover.
+func (e *entry) release() {
+	ctx, cancel := context.WithTimeout(context.Background(), releaseLimit)
+	defer cancel()
+	if err := e.runtime().Release(ctx, e.id); err != nil {
+		e.m.cfg.Log.Error("cannot take down sandbox", zap.String("workload", e.id), zap.Error(err))
+	}
+	e.setRun(nil)
+}

@@ -1,0 +1,146 @@
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// drainLimit bounds the reading of what a dead process left in its pipes. Everything that could write is dead by
+	// then, so only a stuck agent or a full disk takes long.
+	drainLimit = 30 * time.Second
+	// shutdownLimit bounds the agent's orderly end, in which a guest writes its disk back.
+	shutdownLimit = 10 * time.Second
+	// logRetry is the pause after the output log could not be written, as on a full disk. Meanwhile the process's
+	// writes wait: nothing is dropped.
+	logRetry = time.Second
+)
+
+// supervise follows a running process to its end, then takes the walls down. It lets go, touching nothing, when the
+// manager closes.
+func (e *entry) supervise(r *run) {
+	defer r.client.Close()
+	pumped := make(chan error, 1)
+	pumpCtx, stopPump := context.WithCancel(e.m.ctx)
+	defer stopPump()
+	go func() { pumped <- e.pump(pumpCtx, r) }()
+
+	exit, err := r.proc.Wait(e.m.ctx)
+	if err == nil {
+		err = e.drain(r, pumped)
+		if err != nil && e.m.ctx.Err() == nil {
+			e.m.cfg.Log.Error("output may be incomplete", zap.String("workload", e.id), zap.Error(err))
+		}
+		e.finish(r, &exit, err)
+		return
+	}
+	stopPump()
+	<-pumped
+	e.finish(r, nil, err)
+}
+
+// drain kills what the workload's own process left behind and waits for the last output.
+func (e *entry) drain(r *run, pumped <-chan error) error {
+	ctx, cancel := context.WithTimeout(e.m.ctx, drainLimit)
+	defer cancel()
+	if err := r.proc.Signal(ctx, int(syscall.SIGKILL), true); err != nil {
+		e.m.cfg.Log.Warn("cannot kill what the process left behind", zap.String("workload", e.id), zap.Error(err))
+	}
+	select {
+	case err := <-pumped:
+		return err
+	case <-ctx.Done():
+		return errors.New("its end was not seen in time")
+	}
+}
+
+// pump brings the process's output into the log until it ends.
+func (e *entry) pump(ctx context.Context, r *run) error {
+	log, err := e.output()
+	if err != nil {
+		return err
+	}
+	rec, _, _ := e.peek()
+	for {
+		_, written, _ := log.end()
+		chunks, eof, err := r.proc.ReadOutput(ctx, written-rec.LogBase)
+		if err != nil {
+			return err
+		}
+		for _, c := range chunks {
+			if err := e.appendOutput(ctx, log, LogEntry{Time: c.Time, Stream: Stream(c.Stream), Data: c.Data}); err != nil {
+				return err
+			}
+		}
+		if eof {
+			return nil
+		}
+	}
+}
+
+func (e *entry) appendOutput(ctx context.Context, log *outputLog, entry LogEntry) error {
+	for warned := false; ; warned = true {
+		err := log.append(entry)
+		if err == nil {
+			return nil
+		}
+		if !warned {
+			e.m.cfg.Log.Error("cannot write output; the workload waits until it can be written", zap.String("workload", e.id), zap.Error(err))
+		}
+		select {
+		case <-time.After(logRetry):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// finish records how the process ended, takes the walls down and says so. exit is nil when the sandbox went away
+// without the process's end having been seen.
+func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
+	if e.m.ctx.Err() != nil {
+		return
+	}
+	if exit != nil {
+		e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
+		ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
+		if err := r.client.Shutdown(ctx, 0); err != nil {
+			e.m.cfg.Log.Debug("agent did not shut down; killing", zap.String("workload", e.id), zap.Error(err))
+		} else {
+			select {
+			case <-r.inst.Done():
+			case <-ctx.Done():
+			}
+		}
+		cancel()
+	}
+	e.release()
+	if exit == nil {
+		e.mustState(StateFailed, func(rec *record) {
+			rec.Status.Message = fmt.Sprintf("the sandbox ended before its process was seen to end: %v", cause)
+			rec.Status.HostPID = 0
+		})
+		return
+	}
+	e.mustState(StateExited, func(rec *record) {
+		rec.Status.Message = exitMessage(*exit)
+		if cause != nil {
+			rec.Status.Message += "; its last output may be missing: " + cause.Error()
+		}
+		rec.Status.HostPID = 0
+	})
+}
+
+func exitMessage(x spec.Exit) string {
+	if x.Signal != 0 {
+		return fmt.Sprintf("ended by signal %d (%s)", x.Signal, syscall.Signal(x.Signal))
+	}
+	return fmt.Sprintf("exited with code %d", x.Code)
+}
