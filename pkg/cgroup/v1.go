@@ -1,0 +1,223 @@
+package cgroup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/cgroups/v3/cgroup1"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/osthread"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// unifiedMount is where a hybrid host has its cgroup2 hierarchy: no controllers, but cgroup.kill.
+	unifiedMount = root + "/unified"
+	// killRounds bounds the fallback without cgroup.kill: everything is frozen while it is killed, so one round does it
+	// unless a process was being forked just then.
+	killRounds = 16
+	// freezePolls and freezePause bound the wait for a group to freeze: 100 ms.
+	freezePolls = 100
+	freezePause = time.Millisecond
+)
+
+// controllers of v1 that a group needs.
+var controllers = []struct {
+	name   cgroup1.Name
+	reason string
+}{
+	{cgroup1.Cpu, "limits processor time"},
+	{cgroup1.Cpuacct, "counts processor time"},
+	{cgroup1.Memory, "limits and counts memory"},
+	{cgroup1.Pids, "limits and counts processes"},
+	{cgroup1.Freezer, "holds a group still while it is killed, where there is no cgroup.kill"},
+}
+
+// v1 has one hierarchy per controller. With unified there is a cgroup2 hierarchy beside them, that only kills.
+type v1 struct{ unified bool }
+
+func subsystems() ([]cgroup1.Subsystem, error) {
+	var memory cgroup1.Subsystem = cgroup1.NewMemory(root, cgroup1.OptionalSwap(), cgroup1.IgnoreModules("kmem", "kmem.tcp"))
+	all := []cgroup1.Subsystem{cgroup1.NewCpu(root), cgroup1.NewCpuacct(root), memory, cgroup1.NewPids(root), cgroup1.NewFreezer(root)}
+	for _, c := range controllers {
+		if _, err := os.Stat(filepath.Join(root, string(c.name))); err != nil {
+			return nil, spec.Errorf(spec.KindUnsupported, "cgroup controller %s is not mounted; it %s: mount it on %s/%s", c.name, c.reason, root, c.name)
+		}
+	}
+	return all, nil
+}
+
+func (v1) create(path string, l Limits) error {
+	r := &specs.LinuxResources{}
+	if l.CPUMillis > 0 {
+		period := uint64(cpuPeriod)
+		quota, shares := cpuQuota(l.CPUMillis), cpuShares(l.CPUMillis)
+		r.CPU = &specs.LinuxCPU{Shares: &shares, Quota: &quota, Period: &period}
+	}
+	if l.MemoryBytes > 0 {
+		limit := int64(l.MemoryBytes)
+		r.Memory = &specs.LinuxMemory{Limit: &limit}
+		if _, err := os.Stat(filepath.Join(root, "memory/memory.memsw.limit_in_bytes")); err == nil {
+			r.Memory.Swap = &limit // memory and swap together: no swap
+		}
+	}
+	if l.Pids > 0 {
+		limit := int64(l.Pids)
+		r.Pids = &specs.LinuxPids{Limit: &limit}
+	}
+	if _, err := cgroup1.New(cgroup1.StaticPath(path), r, cgroup1.WithHierarchy(subsystems)); err != nil {
+		return err
+	}
+	if Mode() == ModeHybrid {
+		return os.MkdirAll(filepath.Join(unifiedMount, path), 0o755)
+	}
+	return nil
+}
+
+func (v v1) dirs(path string) []string {
+	var dirs []string
+	for _, c := range controllers {
+		dirs = append(dirs, filepath.Join(root, string(c.name), path))
+	}
+	if v.unified {
+		dirs = append(dirs, filepath.Join(unifiedMount, path))
+	}
+	return dirs
+}
+
+// start moves a thread of the daemon's into the group, has it fork, and lets it die: v1 lets a thread be elsewhere than its
+// process, and a child starts where its parent's thread is.
+func (v v1) start(path string, attr *syscall.SysProcAttr, fn func(*syscall.SysProcAttr) error) error {
+	return osthread.Run(func() error {
+		for _, c := range controllers {
+			tasks := filepath.Join(root, string(c.name), path, "tasks")
+			if err := writeFile(tasks, "0"); err != nil { // 0 is the writing thread
+				return fmt.Errorf("cannot enter a cgroup: %w", err)
+			}
+		}
+		return fn(attr)
+	})
+}
+
+func (v v1) kill(path string) error {
+	if v.unified {
+		err := writeFile(filepath.Join(unifiedMount, path, "cgroup.kill"), "1")
+		if err == nil || !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		// No such file: a kernel before 5.14, or the group is gone, which the freezer then says.
+	}
+	return killFrozen(filepath.Join(root, string(cgroup1.Freezer), path))
+}
+
+// killFrozen kills all processes of a freezer group while they cannot fork.
+func killFrozen(dir string) error {
+	state := filepath.Join(dir, "freezer.state")
+	for range killRounds {
+		pids, err := processes(dir)
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		if err := writeFile(state, "FROZEN"); err != nil {
+			return err
+		}
+		for range freezePolls {
+			b, err := os.ReadFile(state)
+			if err != nil {
+				return err
+			}
+			if strings.TrimSpace(string(b)) == "FROZEN" {
+				break
+			}
+			time.Sleep(freezePause)
+		}
+		pids, err = processes(dir)
+		for _, pid := range pids {
+			// The process cannot end and its number cannot be reused while it is frozen.
+			if kerr := unix.Kill(pid, unix.SIGKILL); kerr != nil && !errors.Is(kerr, unix.ESRCH) {
+				err = errors.Join(err, kerr)
+			}
+		}
+		// Whatever happened: a killed process that stays frozen never ends.
+		if err := errors.Join(err, writeFile(state, "THAWED")); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (v1) usage(path string) (spec.Usage, error) {
+	cg, err := cgroup1.Load(cgroup1.StaticPath(path), cgroup1.WithHierarchy(subsystems))
+	if err != nil {
+		return spec.Usage{}, err
+	}
+	m, err := cg.Stat()
+	if err != nil {
+		return spec.Usage{}, err
+	}
+	return spec.Usage{
+		CPUTime:          time.Duration(m.GetCPU().GetUsage().GetTotal()),
+		MemoryBytes:      m.GetMemory().GetUsage().GetUsage(),
+		MemoryPeakBytes:  m.GetMemory().GetUsage().GetMax(),
+		MemoryCacheBytes: m.GetMemory().GetTotalCache(),
+		MemoryLimitBytes: m.GetMemory().GetUsage().GetLimit(),
+		Pids:             m.GetPids().GetCurrent(),
+		PidsLimit:        m.GetPids().GetLimit(),
+	}, nil
+}
+
+// processes are those with their first thread in the group at dir. The daemon's forking thread (see start) makes v1 list
+// the daemon itself in cgroup.procs, but its first thread is not in tasks.
+func processes(dir string) ([]int, error) {
+	pids, err := readInts(filepath.Join(dir, "cgroup.procs"))
+	if gone(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	tasks, err := readInts(filepath.Join(dir, "tasks"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return pids, nil // v2 has no such file, nor such threads
+	}
+	if err != nil && !gone(err) {
+		return nil, err
+	}
+	return slices.DeleteFunc(pids, func(pid int) bool { return !slices.Contains(tasks, pid) }), nil
+}
+
+func readInts(path string) ([]int, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var ints []int
+	for field := range strings.FieldsSeq(string(b)) {
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			return nil, fmt.Errorf("cannot parse %s: %w", path, err)
+		}
+		ints = append(ints, n)
+	}
+	return ints, nil
+}
+
+// writeFile writes to a file of the kernel's, which must exist: os.WriteFile's O_CREATE turns a missing one into EPERM.
+func writeFile(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
