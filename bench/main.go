@@ -1,0 +1,117 @@
+// Command bench measures sandboxd beside its peers, in one run, on one machine: every row's commands take turns, and a
+// command's exit status is checked with a process that exits 7 before any of its times count. Ratios are what counts;
+// the times drift with the machine.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+type options struct {
+	bin, cache string
+	runs       int
+	vmRuns     int
+	crowd      int
+	asJSON     bool
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.bin, "bin", "bin", "directory of the built binaries")
+	flag.StringVar(&o.cache, "cache", ".cache", "directory of the test assets")
+	flag.IntVar(&o.runs, "runs", 40, "measured runs of each container command")
+	flag.IntVar(&o.vmRuns, "vm-runs", 10, "measured runs of each VM command")
+	flag.IntVar(&o.crowd, "crowd", 10, "sandboxes at once where memory is measured")
+	flag.BoolVar(&o.asJSON, "json", false, "print the rows as JSON")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// benchLimit bounds the whole run.
+const benchLimit = 30 * time.Minute
+
+func run(ctx context.Context, o options) error {
+	ctx, cancel := context.WithTimeout(ctx, benchLimit)
+	defer cancel()
+	// Peers that dislike this host's hybrid cgroup mount run in a mount namespace without it, which is this thread's.
+	runtime.LockOSThread()
+	dir, err := os.MkdirTemp("", "sandboxd-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	for _, p := range []*string{&o.bin, &o.cache} {
+		if *p, err = filepath.Abs(*p); err != nil {
+			return err
+		}
+	}
+	d, err := startDaemon(ctx, o, dir)
+	if err != nil {
+		return err
+	}
+	defer d.stop()
+	var rows []row
+	for _, part := range []func(context.Context, options, *daemon, string) ([]row, error){
+		benchContainers, benchExec, benchVMs, benchMemory,
+	} {
+		r, err := part(ctx, o, d, dir)
+		if err != nil {
+			return err
+		}
+		rows = append(rows, r...)
+	}
+	if o.asJSON {
+		return json.NewEncoder(os.Stdout).Encode(rows)
+	}
+	printRows(rows)
+	return nil
+}
+
+// row is one measured thing.
+type row struct {
+	Group string `json:"group"`
+	Name  string `json:"name"`
+	// Median, lowest and highest, in Unit.
+	Median float64 `json:"median"`
+	Min    float64 `json:"min"`
+	Max    float64 `json:"max"`
+	Unit   string  `json:"unit"`
+	Runs   int     `json:"runs"`
+	// Ours divided by this, medians; 0 where it means nothing.
+	Ratio float64 `json:"ratio,omitempty"`
+	// What the number includes.
+	Includes string `json:"includes"`
+}
+
+func printRows(rows []row) {
+	group := ""
+	for _, r := range rows {
+		if r.Group != group {
+			group = r.Group
+			fmt.Printf("\n%s\n%s\n", group, strings.Repeat("─", len(group)))
+			fmt.Printf("%-22s %10s %21s %5s %10s  %s\n", "", "median", "min … max", "runs", "ours/this", "includes")
+		}
+		ratio := ""
+		if r.Ratio != 0 {
+			ratio = fmt.Sprintf("%.2f", r.Ratio)
+		}
+		fmt.Printf("%-22s %7.1f %-3s %9.1f … %-9.1f %5d %9s  %s\n", r.Name, r.Median, r.Unit, r.Min, r.Max, r.Runs, ratio, r.Includes)
+	}
+	fmt.Println()
+}
