@@ -222,7 +222,9 @@ func benchExec(ctx context.Context, o options, d *daemon, dir string) ([]row, er
 	if err := command(ctx, "podman", p.podmanArgs(append(args, commands["sleep"]...)...)...); err != nil {
 		return nil, err
 	}
-	defer func() { _ = command(context.WithoutCancel(ctx), "podman", p.podmanArgs("rm", "-f", "-t", "0", "sleeper")...) }()
+	defer func() {
+		_ = command(context.WithoutCancel(ctx), "podman", p.podmanArgs("rm", "-f", "-t", "0", "sleeper")...)
+	}()
 	subjects = append(subjects, subject{name: "podman exec (runc)", includes: "conmon and the runtime per exec", do: func(ctx context.Context, c string) (int, error) {
 		return exitCode(exec.CommandContext(ctx, "podman", p.podmanArgs(append([]string{"exec", "sleeper"}, commands[c]...)...)...))
 	}})
