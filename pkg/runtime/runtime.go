@@ -23,6 +23,9 @@ type Runtime interface {
 	// Remove deletes everything on the host that bears id, kills what still runs and waits until it has gone.
 	// Idempotent; works on half-made instances and on unknown ids.
 	Remove(ctx context.Context, id string) error
+	// Release is like Remove, but keeps the writable layer for a next Start of the same id: what the workload wrote
+	// survives its stop.
+	Release(ctx context.Context, id string) error
 	// List names every sandbox of which something is on the host, running or not, so that recovery finds what no record
 	// speaks of.
 	List(ctx context.Context) ([]string, error)
