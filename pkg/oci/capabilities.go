@@ -2,15 +2,11 @@ package oci
 
 import (
 	"slices"
-	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
-
-// capAll stands for every capability in a request.
-const capAll = "ALL"
 
 // defaultCapabilities are docker's fourteen. Behind either wall they reach no further than it: a container's are those of
 // its user namespace.
@@ -31,31 +27,8 @@ var defaultCapabilities = []struct{ name, reason string }{
 	{"CAP_SYS_CHROOT", "servers confine themselves further"},
 }
 
-// knownCapabilities are all of Linux 6.x, in the kernel's order: CAP_CHOWN is 0.
-var knownCapabilities = []string{
-	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
-	"CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
-	"CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
-	"CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
-	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
-	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
-	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
-}
-
 // CanonicalCap gives the full name of a capability: CAP_NET_ADMIN for net_admin, ALL for all.
-func CanonicalCap(name string) (string, error) {
-	upper := strings.ToUpper(name)
-	if upper == capAll || upper == "CAP_"+capAll {
-		return capAll, nil
-	}
-	if !strings.HasPrefix(upper, "CAP_") {
-		upper = "CAP_" + upper
-	}
-	if !slices.Contains(knownCapabilities, upper) {
-		return "", spec.Errorf(spec.KindInvalid, "capability %q is unknown; see capabilities(7) for the names", name)
-	}
-	return upper, nil
-}
+func CanonicalCap(name string) (string, error) { return spec.CanonicalCap(name) }
 
 // capabilitiesOf applies docker's rule: what is added or dropped by name counts more than ALL, and a capability both
 // added and dropped is dropped. Nothing is inheritable or ambient, so a process that is not root has none after its
@@ -72,15 +45,15 @@ func capabilitiesOf(add, drop []string) (*specs.LinuxCapabilities, error) {
 
 	var set []string
 	switch {
-	case slices.Contains(added, capAll):
-		set = slices.Clone(knownCapabilities)
-	case !slices.Contains(dropped, capAll):
+	case slices.Contains(added, spec.CapAll):
+		set = slices.Clone(spec.Capabilities)
+	case !slices.Contains(dropped, spec.CapAll):
 		for _, row := range defaultCapabilities {
 			set = append(set, row.name)
 		}
 	}
 	set = append(set, added...)
-	set = slices.DeleteFunc(set, func(c string) bool { return c == capAll || slices.Contains(dropped, c) })
+	set = slices.DeleteFunc(set, func(c string) bool { return c == spec.CapAll || slices.Contains(dropped, c) })
 	slices.Sort(set)
 	set = slices.Compact(set)
 	return &specs.LinuxCapabilities{Bounding: set, Effective: slices.Clone(set), Permitted: slices.Clone(set)}, nil

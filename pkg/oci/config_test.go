@@ -170,7 +170,7 @@ func TestCapabilities(t *testing.T) {
 	without := func(set []string, drop ...string) []string {
 		return slices.DeleteFunc(slices.Clone(set), func(c string) bool { return slices.Contains(drop, c) })
 	}
-	all := slices.Sorted(slices.Values(knownCapabilities))
+	all := slices.Sorted(slices.Values(spec.Capabilities))
 	for name, c := range map[string]struct{ add, drop, want []string }{
 		"default":             {nil, nil, defaults},
 		"add":                 {[]string{"net_admin"}, nil, slices.Sorted(slices.Values(append(slices.Clone(defaults), "CAP_NET_ADMIN")))},
@@ -200,12 +200,12 @@ func TestCapabilities(t *testing.T) {
 	if len(defaults) != 14 {
 		t.Errorf("%d default capabilities", len(defaults))
 	}
-	if n := len(knownCapabilities); n != unix.CAP_LAST_CAP+1 {
+	if n := len(spec.Capabilities); n != unix.CAP_LAST_CAP+1 {
 		t.Errorf("%d capabilities are known, this build's kernel headers have %d", n, unix.CAP_LAST_CAP+1)
 	}
 	for name, nr := range map[string]int{"CAP_CHOWN": unix.CAP_CHOWN, "CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN, "CAP_SETFCAP": unix.CAP_SETFCAP, "CAP_BPF": unix.CAP_BPF} {
-		if knownCapabilities[nr] != name {
-			t.Errorf("capability %d is %s, not %s", nr, knownCapabilities[nr], name)
+		if spec.Capabilities[nr] != name {
+			t.Errorf("capability %d is %s, not %s", nr, spec.Capabilities[nr], name)
 		}
 	}
 }

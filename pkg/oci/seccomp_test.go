@@ -229,7 +229,7 @@ func profileWith(t testing.TB, add, drop []string) *specs.LinuxSeccomp {
 // capabilitySets give every variant of the profile that the moby rows tell apart: each capability alone, and the usual sets.
 func capabilitySets() map[string][2][]string {
 	sets := map[string][2][]string{"default": {}, "all": {{"ALL"}, nil}, "none": {nil, {"ALL"}}}
-	for _, c := range knownCapabilities {
+	for _, c := range spec.Capabilities {
 		sets[c] = [2][]string{{c}, {"ALL"}}
 	}
 	return sets
