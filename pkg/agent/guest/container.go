@@ -1,0 +1,178 @@
+package guest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// bootFD is the boot socket's descriptor: see spec.ContainerBoot.
+	bootFD = 3
+	// maxBootMessage bounds the boot message.
+	maxBootMessage = 64 << 10
+	// bootDescriptors is how many come with it: the root and the listener.
+	bootDescriptors = 2
+)
+
+// RunContainer is the agent's life as PID 1 of a container's namespaces. It returns nil when the daemon ended it.
+func RunContainer() error {
+	if err := checkPidOne(); err != nil {
+		return err
+	}
+	unix.Umask(0) // modes are said in full
+	root, listener, err := receiveBoot(bootFD)
+	if err != nil {
+		return errors.Join(err, answerBoot(bootFD, err))
+	}
+	w := &containerWall{pidOne: newPidOne(), source: root}
+	if err := answerBoot(bootFD, nil); err != nil {
+		return err
+	}
+	return serveAsPidOne(newService(w), w.pidOne, listener)
+}
+
+// serveAsPidOne serves and reaps until the daemon ends the sandbox.
+func serveAsPidOne(s *Service, w pidOne, l net.Listener) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	reaped := make(chan struct{})
+	go func() {
+		defer close(reaped)
+		w.run(ctx)
+	}()
+	err := s.Serve(ctx, l)
+	cancel()
+	<-reaped
+	return err
+}
+
+// receiveBoot reads the one message of the boot socket and the descriptors that come with it.
+func receiveBoot(fd int) (root *os.File, l net.Listener, err error) {
+	message := make([]byte, maxBootMessage)
+	control := make([]byte, unix.CmsgSpace(bootDescriptors*4))
+	n, controlLen, _, _, err := unix.Recvmsg(fd, message, control, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot read the boot message: %w", err)
+	}
+	var boot spec.ContainerBoot
+	if err := json.Unmarshal(message[:n], &boot); err != nil {
+		return nil, nil, fmt.Errorf("cannot decode the boot message: %w", err)
+	}
+	if boot.Version != spec.ProtocolVersion {
+		return nil, nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+	}
+	fds, err := passedDescriptors(control[:controlLen])
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(fds) != bootDescriptors {
+		return nil, nil, fmt.Errorf("cannot boot with %d descriptors, not %d", len(fds), bootDescriptors)
+	}
+	socket := os.NewFile(uintptr(fds[1]), "listener")
+	defer socket.Close() // FileListener has its own
+	l, err = net.FileListener(socket)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot use the listening socket: %w", err)
+	}
+	if unixListener, ok := l.(*net.UnixListener); ok {
+		unixListener.SetUnlinkOnClose(false) // its name is the runtime's, and not in this root
+	}
+	return os.NewFile(uintptr(fds[0]), "/"), l, nil
+}
+
+func passedDescriptors(control []byte) ([]int, error) {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read passed descriptors: %w", err)
+	}
+	var fds []int
+	for _, m := range messages {
+		some, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			return nil, fmt.Errorf("cannot read passed descriptors: %w", err)
+		}
+		fds = append(fds, some...)
+	}
+	return fds, nil
+}
+
+// answerBoot tells the runtime how the boot went and closes the socket.
+func answerBoot(fd int, failure error) error {
+	var result spec.BootResult
+	if failure != nil {
+		result.Error = failure.Error()
+	}
+	b, err := json.Marshal(result)
+	if err != nil {
+		return err
+	}
+	if _, err := unix.Write(fd, b); err != nil {
+		return fmt.Errorf("cannot answer the runtime: %w", err)
+	}
+	return unix.Close(fd)
+}
+
+// containerWall is the agent's place in namespaces of the host's kernel.
+type containerWall struct {
+	pidOne
+	// The root's mount, attached nowhere, until the container is entered.
+	source *os.File
+}
+
+// configure implements wall. Clock and entropy are the host's.
+func (w *containerWall) configure(hostname string, _ time.Time, _ []byte) error {
+	return setHostname(hostname)
+}
+
+// enter implements wall.
+func (w *containerWall) enter(config *specs.Spec) (*root, error) {
+	if err := makePrivate(); err != nil {
+		return nil, err
+	}
+	hostDev, err := openDir("/dev")
+	if err != nil {
+		return nil, err
+	}
+	defer hostDev.Close()
+	// Over the old root, where nothing of this process's sees it but through the descriptor, so that no directory of the
+	// host is needed as a mount point.
+	top, err := openDir("/")
+	if err != nil {
+		return nil, err
+	}
+	defer top.Close()
+	if err := attach(w.source, top); err != nil {
+		return nil, err
+	}
+	fs := &rootfs{
+		config:  config,
+		dir:     w.source,
+		addNode: func(dev *os.File, n node) error { return bindNode(hostDev, dev, n) },
+		enter:   func(r *rootfs) error { return pivotInto(r.dir) },
+	}
+	root, err := fs.run()
+	if err != nil {
+		return nil, err
+	}
+	if err := harden(config); err != nil {
+		return nil, err
+	}
+	return root, nil
+}
+
+func openDir(name string) (*os.File, error) {
+	fd, err := unix.Open(name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open %s: %w", name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}

@@ -1,0 +1,106 @@
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// diskWait bounds the wait for a disk. The kernel finds them while the agent starts; under emulation that may be later.
+	diskWait = 10 * time.Second
+	// diskInterval is how often the agent looks.
+	diskInterval = time.Millisecond
+)
+
+// Directories of the initramfs that the root is put together from.
+const (
+	imageDir = "/image"
+	diskDir  = "/disk"
+	rootDir  = "/root"
+)
+
+// mountRoot mounts the image, the writable layer and the overlay of both. They stay below the container's root, where no
+// name leads.
+func (w *vmWall) mountRoot() (*os.File, error) {
+	for _, m := range []struct {
+		serial, fstype, dir string
+		attrs               uint64
+		reason              string
+	}{
+		{w.boot.ImageSerial, "erofs", imageDir, unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV, "the image; the drive is read-only on the host's side too"},
+		{w.boot.DiskSerial, "ext4", diskDir, unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RELATIME, "the writable layer"},
+	} {
+		device, err := findDisk(m.serial)
+		if err != nil {
+			return nil, err
+		}
+		if err := mountAt(m.fstype, device, m.dir, mountOptions{attrs: m.attrs, data: readonlyData(m.attrs)}); err != nil {
+			return nil, err
+		}
+	}
+	overlay := mountOptions{
+		attrs: unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RELATIME,
+		data:  []string{"lowerdir=" + imageDir, "upperdir=" + diskDir + "/upper", "workdir=" + diskDir + "/work"},
+	}
+	if err := mountAt("overlay", "overlay", rootDir, overlay); err != nil {
+		return nil, err
+	}
+	return openDir(rootDir)
+}
+
+// readonlyData makes the file system itself read-only, not only this mount of it: EROFS insists where the drive is.
+func readonlyData(attrs uint64) []string {
+	if attrs&unix.MOUNT_ATTR_RDONLY != 0 {
+		return []string{"ro"}
+	}
+	return nil
+}
+
+func mountAt(fstype, source, dir string, o mountOptions) error {
+	if err := unix.Mkdir(dir, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("cannot make %s: %w", dir, err)
+	}
+	target, err := openDir(dir)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	mount, err := newMount(fstype, source, o)
+	if err != nil {
+		return err
+	}
+	defer mount.Close()
+	return attach(mount, target)
+}
+
+// findDisk waits for the block device with a virtio-blk serial number and answers with its node in /dev.
+func findDisk(serial string) (string, error) {
+	if serial == "" {
+		return "", errors.New("cannot find a disk without a serial number")
+	}
+	for deadline := time.Now().Add(diskWait); ; time.Sleep(diskInterval) {
+		files, err := filepath.Glob("/sys/block/*/serial")
+		if err != nil {
+			return "", err
+		}
+		for _, file := range files {
+			found, err := os.ReadFile(file)
+			if err != nil || strings.TrimSpace(string(found)) != serial {
+				continue
+			}
+			node := "/dev/" + filepath.Base(filepath.Dir(file))
+			if _, err := os.Lstat(node); err == nil {
+				return node, nil
+			}
+		}
+		if time.Now().After(deadline) {
+			return "", fmt.Errorf("cannot find the disk with serial number %q: it did not come up in %v", serial, diskWait)
+		}
+	}
+}

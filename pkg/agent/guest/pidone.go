@@ -1,0 +1,59 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// pidOne is what both real walls have in common: the agent is PID 1, so every process is its to signal and to reap.
+type pidOne struct {
+	*stages
+}
+
+func newPidOne() pidOne { return pidOne{newStages(newChildren())} }
+
+// errNotPidOne keeps kill(-1) from ever being sent by a process that is not PID 1.
+var errNotPidOne = errors.New("cannot run: the agent is not PID 1")
+
+func checkPidOne() error {
+	if os.Getpid() != 1 {
+		return errNotPidOne
+	}
+	return nil
+}
+
+func (w pidOne) signal(p *process, sig syscall.Signal) error {
+	if p.pid == 0 {
+		return errEnded
+	}
+	return w.children.signal(p.pid, sig)
+}
+
+// signalAll reaches everything in the pid namespace but PID 1 itself.
+func (w pidOne) signalAll(sig syscall.Signal) error {
+	if err := checkPidOne(); err != nil {
+		return err
+	}
+	return unix.Kill(-1, sig)
+}
+
+// gone: PID 1 inherits every orphan, so it has no children exactly when it is alone.
+func (w pidOne) gone() bool {
+	w.children.reapEnded()
+	err := unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return errors.Is(err, unix.ECHILD)
+}
+
+// run reaps until ctx is done. Every other signal is taken and forgotten: a handler that nobody listens to keeps the
+// runtime from ending PID 1, and unlike an ignored signal it is not inherited by the workload.
+func (w pidOne) run(ctx context.Context) {
+	unheard := make(chan os.Signal, 1)
+	signal.Notify(unheard, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE)
+	defer signal.Stop(unheard)
+	w.children.reapAll(ctx)
+}

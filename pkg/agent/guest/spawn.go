@@ -1,0 +1,178 @@
+package guest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+)
+
+// maxStatusBytes bounds what a stage says.
+const maxStatusBytes = 16 << 10
+
+// stages forks stages: the one way a process of the workload comes into being behind a real wall.
+type stages struct {
+	children *children
+	// Of an empty environment nothing can leak; a stage needs none.
+	program string
+}
+
+func newStages(c *children) *stages { return &stages{c, "/proc/self/exe"} }
+
+// spawn starts a stage with stdio as its descriptors 0 to 2 and waits until it has become the workload. ended is called
+// when the process has ended, also after a failure.
+func (s *stages) spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
+	pid, status, err := s.fork(orders, stdio, ended)
+	if err != nil {
+		return 0, err
+	}
+	defer status.Close()
+	if err := status.SetReadDeadline(time.Now().Add(stageTimeout)); err != nil {
+		return 0, err
+	}
+	said, err := io.ReadAll(io.LimitReader(status, maxStatusBytes))
+	if err != nil {
+		_ = s.children.signal(pid, unix.SIGKILL)
+		return 0, &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot hear from the new process: %v", err)}
+	}
+	if failure := parseStatus(said); failure != nil {
+		return 0, failure
+	}
+	return pid, nil
+}
+
+// copy starts a stage that does a copy. ended is called with what it said of a failure.
+func (s *stages) copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus, string)) (int, error) {
+	heard := make(chan *os.File, 1)
+	pid, status, err := s.fork(&stageSpec{Copy: job}, stdio, func(ws unix.WaitStatus) {
+		// The stage forks nothing, so its end of the pipe is closed and this read can't wait.
+		status := <-heard
+		defer status.Close()
+		said, _ := io.ReadAll(io.LimitReader(status, maxStatusBytes))
+		var f stageFailure
+		_ = json.Unmarshal(said, &f)
+		ended(ws, f.Message)
+	})
+	if err != nil {
+		return 0, err
+	}
+	heard <- status
+	return pid, nil
+}
+
+func (s *stages) fork(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, *os.File, error) {
+	encoded, err := json.Marshal(orders)
+	if err != nil {
+		return 0, nil, fmt.Errorf("cannot encode orders: %w", err)
+	}
+	memory, err := newMemFile("orders", encoded)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer memory.Close()
+	status, theirs, err := newPipe()
+	if err != nil {
+		return 0, nil, err
+	}
+	defer theirs.Close()
+	files := []uintptr{stdio[0].Fd(), stdio[1].Fd(), stdio[2].Fd(), stageSpecFD: memory.Fd(), stageStatusFD: theirs.Fd()}
+	pid, err := s.children.start(func() (int, error) {
+		return syscall.ForkExec(s.program, []string{StageName}, &syscall.ProcAttr{Files: files})
+	}, ended)
+	if err != nil {
+		status.Close()
+		return 0, nil, fmt.Errorf("cannot fork: %w", err)
+	}
+	return pid, status, nil
+}
+
+// parseStatus reads what a stage wrote before its pipe closed: see stageReady.
+func parseStatus(said []byte) *stageFailure {
+	ready := len(said) > 0 && said[0] == stageReady
+	if ready {
+		said = said[1:]
+	}
+	if len(said) == 0 {
+		if ready {
+			return nil
+		}
+		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, "the new process died before it was confined"}
+	}
+	f := &stageFailure{}
+	if err := json.Unmarshal(said, f); err != nil {
+		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, "the new process's report can't be read"}
+	}
+	return f
+}
+
+func (f *stageFailure) Error() string { return f.Message }
+
+// asFailure is err as the daemon shall see it, or nil if it is not the process's fault.
+func asFailure(err error) *agentv1.ExecFailure {
+	var f *stageFailure
+	if !errors.As(err, &f) {
+		return nil
+	}
+	return &agentv1.ExecFailure{Reason: f.Reason, Message: f.Message}
+}
+
+// newPipe returns a pipe whose read end is the agent's, in Go's poller, and whose write end is a child's, blocking.
+func newPipe() (ours, theirs *os.File, err error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, fmt.Errorf("cannot make a pipe: %w", err)
+	}
+	ours, err = pollable(fds[0], "pipe")
+	if err != nil {
+		unix.Close(fds[1])
+		return nil, nil, err
+	}
+	return ours, os.NewFile(uintptr(fds[1]), "pipe"), nil
+}
+
+// newInputPipe is newPipe the other way round.
+func newInputPipe() (theirs, ours *os.File, err error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, fmt.Errorf("cannot make a pipe: %w", err)
+	}
+	ours, err = pollable(fds[1], "pipe")
+	if err != nil {
+		unix.Close(fds[0])
+		return nil, nil, err
+	}
+	return os.NewFile(uintptr(fds[0]), "pipe"), ours, nil
+}
+
+// pollable makes fd a file whose reads and writes wait in Go's poller and know deadlines. It closes fd if it fails.
+func pollable(fd int, name string) (*os.File, error) {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("cannot make %s pollable: %w", name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// newMemFile is a file in memory with the given content. Unlike a pipe it takes any size without a reader.
+func newMemFile(name string, content []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
+		fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a memory file: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	if _, err := f.Write(content); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("cannot fill a memory file: %w", err)
+	}
+	return f, nil
+}

@@ -1,0 +1,102 @@
+package guest
+
+import (
+	"encoding/json"
+	"fmt"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+)
+
+// StageName is the argv[0] by which the agent's program knows that it is the child between fork and execve.
+const StageName = "sandbox-stage"
+
+// Descriptors a stage is started with, beside 0 to 2, which are the workload's own.
+const (
+	stageSpecFD   = 3 // a memfd with the stageSpec as JSON
+	stageStatusFD = 4 // a pipe the agent reads: see stageReady
+)
+
+// stageReady is what a stage writes when everything before its last step succeeded. The pipe closes on execve, so for the
+// agent this byte and then the end of the stream mean that the workload runs; the byte and then a stageFailure, or a
+// stageFailure alone, that it does not; and nothing at all that the stage died.
+const stageReady = 'R'
+
+// stageFailure is why a stage gave up.
+type stageFailure struct {
+	Reason  agentv1.ExecFailure_Reason `json:"reason"`
+	Message string                     `json:"message"`
+}
+
+// stageSpec is what a stage turns into: exactly one of its fields is set.
+type stageSpec struct {
+	Process *confined `json:"process,omitempty"`
+	Copy    *copyJob  `json:"copy,omitempty"`
+}
+
+// RunStage is the whole life of a stage. It never returns.
+//
+// It runs as the sandbox's root with the agent's capabilities, on the program's main thread, and uses raw system calls
+// only: no descriptor of Go's own is open while it confines itself.
+func RunStage() {
+	debug.SetGCPercent(-1) // it lives for milliseconds
+	status := stageStatusFD
+	fail := func(f *stageFailure) {
+		// If this can't be written the agent sees a stage that died, which is a failure too.
+		if b, err := json.Marshal(f); err == nil {
+			_, _ = unix.Write(status, b)
+		}
+		unix.Exit(stageFailedCode)
+	}
+	spec, err := readStageSpec()
+	if err != nil {
+		fail(&stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, err.Error()})
+	}
+	if status, err = closeOthers(stageStatusFD); err != nil {
+		fail(&stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, err.Error()})
+	}
+	if spec.Copy != nil {
+		debug.SetGCPercent(100) // a copy may be long
+		if err := spec.Copy.run(0, 1); err != nil {
+			fail(&stageFailure{Message: err.Error()})
+		}
+		unix.Exit(0)
+	}
+	fail(spec.Process.become(status))
+}
+
+// stageFailedCode is what a failed stage exits with. Nobody looks at it: the pipe says why.
+const stageFailedCode = 1
+
+func readStageSpec() (*stageSpec, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(stageSpecFD, &st); err != nil {
+		return nil, fmt.Errorf("cannot find the stage's orders: %w", err)
+	}
+	b := make([]byte, st.Size)
+	if n, err := unix.Pread(stageSpecFD, b, 0); err != nil || n != len(b) {
+		return nil, fmt.Errorf("cannot read the stage's orders: %d of %d bytes, %w", n, len(b), err)
+	}
+	spec := &stageSpec{}
+	if err := json.Unmarshal(b, spec); err != nil {
+		return nil, fmt.Errorf("cannot decode the stage's orders: %w", err)
+	}
+	if (spec.Process == nil) == (spec.Copy == nil) {
+		return nil, fmt.Errorf("cannot follow the stage's orders: they name no process and no copy, or both")
+	}
+	return spec, nil
+}
+
+// closeOthers closes every descriptor but 0 to 2 and keep, which becomes 3 and close-on-exec.
+func closeOthers(keep int) (int, error) {
+	const to = 3
+	if err := unix.Dup3(keep, to, unix.O_CLOEXEC); err != nil {
+		return keep, fmt.Errorf("cannot move the status pipe: %w", err)
+	}
+	if err := unix.CloseRange(to+1, ^uint(0)>>32, 0); err != nil {
+		return to, fmt.Errorf("cannot close inherited descriptors: %w", err)
+	}
+	return to, nil
+}

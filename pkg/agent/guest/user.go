@@ -1,0 +1,95 @@
+package guest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+
+	"github.com/moby/sys/user"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// maxUserFile bounds /etc/passwd and /etc/group of an image: it may bring anything by that name.
+const maxUserFile = 16 << 20
+
+// userSpec is who a process shall run as. Name (NAME|UID[:GROUP|GID]) wins over the numbers.
+type userSpec struct {
+	Name   string   `json:"name,omitempty"`
+	UID    uint32   `json:"uid,omitempty"`
+	GID    uint32   `json:"gid,omitempty"`
+	Groups []uint32 `json:"groups,omitempty"`
+}
+
+// identity is a userSpec resolved in the container's own files.
+type identity struct {
+	uid, gid uint32
+	groups   []uint32
+	home     string
+}
+
+func newUserSpec(u specs.User) userSpec {
+	return userSpec{Name: u.Username, UID: u.UID, GID: u.GID, Groups: u.AdditionalGids}
+}
+
+func (u userSpec) resolve() (identity, error) {
+	passwd, err := readUserFile("/etc/passwd")
+	if err != nil {
+		return identity{}, err
+	}
+	group, err := readUserFile("/etc/group")
+	if err != nil {
+		return identity{}, err
+	}
+	asked := u.Name
+	if asked == "" {
+		asked = strconv.FormatUint(uint64(u.UID), 10) + ":" + strconv.FormatUint(uint64(u.GID), 10)
+	}
+	found, err := user.GetExecUser(asked, &user.ExecUser{Home: "/"}, passwd, group)
+	if err != nil {
+		return identity{}, err
+	}
+	who := identity{uid: uint32(found.Uid), gid: uint32(found.Gid), groups: u.Groups, home: found.Home}
+	for _, gid := range found.Sgids {
+		who.groups = append(who.groups, uint32(gid))
+	}
+	if who.home == "" {
+		who.home = "/"
+	}
+	return who, nil
+}
+
+// readUserFile answers with an empty reader when the image has no such file.
+func readUserFile(path string) (io.Reader, error) {
+	// Not blocking, because an image may have a FIFO by that name.
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return bytes.NewReader(nil), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot open %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("cannot examine %s: %w", path, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > maxUserFile {
+		return nil, fmt.Errorf("cannot read %s: it is no regular file of at most %d bytes", path, maxUserFile)
+	}
+	content := make([]byte, st.Size)
+	read := 0
+	for read < len(content) {
+		n, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, content[read:]) })
+		if err != nil {
+			return nil, fmt.Errorf("cannot read %s: %w", path, err)
+		}
+		if n == 0 {
+			break
+		}
+		read += n
+	}
+	return bytes.NewReader(content[:read]), nil
+}

@@ -1,0 +1,151 @@
+package guest
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// bootFile is what the daemon gives a guest in its initramfs: see spec.VMBoot.
+const bootFile = "/boot.json"
+
+// initramfsMounts are what the agent itself needs of its kernel, before there is a container.
+var initramfsMounts = []struct {
+	fstype, target string
+	attrs          uint64
+	reason         string
+}{
+	{"proc", "/proc", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, "/proc/self/exe starts stages"},
+	{"sysfs", "/sys", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, "says which disk is which"},
+	{"devtmpfs", "/dev", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC, "the kernel puts the disks' nodes there"},
+}
+
+// RunVM is the agent's life as PID 1 of a guest kernel. It never returns: the machine is powered off at the end of it,
+// whatever the end was.
+func RunVM() {
+	if err := runVM(); err != nil {
+		fmt.Fprintln(os.Stderr, "sandbox-agent:", err) // the console, where there is one
+	}
+	unix.Sync()
+	// With -no-reboot QEMU exits on a restart too, and every guest kernel knows how to do that one.
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+	select {}
+}
+
+func runVM() error {
+	if err := checkPidOne(); err != nil {
+		return err
+	}
+	unix.Umask(0)
+	for _, m := range initramfsMounts {
+		if err := mountInInitramfs(m.fstype, m.target, m.attrs); err != nil {
+			return err
+		}
+	}
+	boot, token, err := readBootFile()
+	if err != nil {
+		return err
+	}
+	if err := loadModules(boot.Modules); err != nil {
+		return err
+	}
+	w := &vmWall{pidOne: newPidOne(), boot: boot}
+	return serveAsPidOne(newService(w), w.pidOne, newDialListener(dialHost(boot.VsockPort), spec.Preface(token)))
+}
+
+func mountInInitramfs(fstype, target string, attrs uint64) error {
+	if err := unix.Mkdir(target, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("cannot make %s: %w", target, err)
+	}
+	dir, err := openDir(target)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	mount, err := newMount(fstype, fstype, mountOptions{attrs: attrs})
+	if err != nil {
+		return err
+	}
+	defer mount.Close()
+	return attach(mount, dir)
+}
+
+// readBootFile also removes the file: nothing that comes later may read the token.
+func readBootFile() (*spec.VMBoot, [spec.TokenLen]byte, error) {
+	var token [spec.TokenLen]byte
+	b, err := os.ReadFile(bootFile)
+	if err != nil {
+		return nil, token, fmt.Errorf("cannot read the boot file: %w", err)
+	}
+	if err := unix.Unlink(bootFile); err != nil {
+		return nil, token, fmt.Errorf("cannot remove the boot file: %w", err)
+	}
+	boot, token, err := parseBoot(b)
+	return boot, token, err
+}
+
+func parseBoot(b []byte) (*spec.VMBoot, [spec.TokenLen]byte, error) {
+	var token [spec.TokenLen]byte
+	boot := &spec.VMBoot{}
+	if err := json.Unmarshal(b, boot); err != nil {
+		return nil, token, fmt.Errorf("cannot decode the boot file: %w", err)
+	}
+	if boot.Version != spec.ProtocolVersion {
+		return nil, token, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+	}
+	if hex.DecodedLen(len(boot.Token)) != spec.TokenLen {
+		return nil, token, fmt.Errorf("cannot use a token of %d digits", len(boot.Token))
+	}
+	if _, err := hex.Decode(token[:], []byte(boot.Token)); err != nil {
+		return nil, token, fmt.Errorf("cannot decode the token: %w", err)
+	}
+	boot.Token = ""
+	return boot, token, nil
+}
+
+// vmWall is the agent's place in a guest kernel.
+type vmWall struct {
+	pidOne
+	boot *spec.VMBoot
+}
+
+// configure implements wall.
+func (w *vmWall) configure(hostname string, now time.Time, entropy []byte) error {
+	if err := addEntropy(entropy); err != nil {
+		return err
+	}
+	if err := setClock(now); err != nil {
+		return err
+	}
+	return setHostname(hostname)
+}
+
+// enter implements wall.
+func (w *vmWall) enter(config *specs.Spec) (*root, error) {
+	for _, m := range config.Mounts {
+		if parseMountOptions(m.Options).bind {
+			return nil, fmt.Errorf("cannot mount %s: a guest sees no directory of the host", m.Destination)
+		}
+	}
+	dir, err := w.mountRoot()
+	if err != nil {
+		return nil, err
+	}
+	fs := &rootfs{config: config, dir: dir, addNode: makeNode, enter: func(r *rootfs) error { return moveInto(r.dir) }}
+	root, err := fs.run()
+	if err != nil {
+		return nil, err
+	}
+	if err := harden(config); err != nil {
+		return nil, err
+	}
+	return root, nil
+}

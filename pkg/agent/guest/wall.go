@@ -1,0 +1,39 @@
+package guest
+
+import (
+	"os"
+	"syscall"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// wall is what differs between the agent's places: namespaces of the host's kernel, a guest kernel, and a test's own
+// process. Its methods but spawn, copy, signal, signalAll and gone are called one at a time.
+type wall interface {
+	// configure takes over the daemon's clock and entropy where the kernel is the sandbox's own.
+	configure(hostname string, now time.Time, entropy []byte) error
+	// enter builds the container's root and moves the agent into it. It is called once.
+	enter(config *specs.Spec) (*root, error)
+	// spawn starts a process with stdio as its descriptors 0 to 2 and answers when it runs. An error that is a
+	// *stageFailure is the process's fault. ended is called once the process has ended.
+	spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error)
+	// copy starts a copy, whose tar stream is descriptor 0 or 1.
+	copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus, string)) (int, error)
+	// signal sends a signal to a process, errEnded if it has ended.
+	signal(p *process, sig syscall.Signal) error
+	// signalAll sends a signal to every process of the sandbox but the agent.
+	signalAll(sig syscall.Signal) error
+	// gone reports whether no process but the agent is left.
+	gone() bool
+}
+
+// root is a container's root as the agent holds it: by descriptors, taken while nothing of the workload ran, so that
+// nothing the workload does to its mounts or links leads the agent elsewhere.
+type root struct {
+	dir  *os.File // the root directory
+	proc *os.File // its procfs
+	pts  *os.File // its devpts; nil if the config has none
+	null *os.File // /dev/null, readable and writable
+}
