@@ -1,0 +1,171 @@
+package microvm
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// Accelerators.
+const (
+	accelKVM = "kvm"
+	accelTCG = "tcg"
+)
+
+// tcgBufferMiB bounds the code that QEMU translates for a guest under TCG; the default grows to an eighth of the host's
+// memory. Filled, it is emptied and filled again.
+const tcgBufferMiB = 64
+
+// vmArgs is everything QEMU's command line depends on. Numbers of files are those QEMU has them under.
+type vmArgs struct {
+	// The sandbox's id: shows in ps.
+	ID          string
+	Accelerator string
+	CPUs        uint32
+	MemoryBytes uint64
+	// Of the host's time stamp counter, for TCG; 0 if unknown.
+	TSCKHz uint64
+	// Path of the firmware; empty for QEMU's own choice.
+	Firmware string
+	Kernel   int
+	Initrd   int
+	// The listening Unix socket for QMP.
+	QMP   int
+	Vsock int
+	// transportVhostUser or transportKernel.
+	Transport string
+	CID       uint32
+	// The disks; both zero where there are none.
+	Image int
+	Disk  int
+	// Show the guest kernel's messages on QEMU's standard output, which costs the boot about 150 ms.
+	Console bool
+}
+
+// arg is an option of QEMU; value is empty for one that takes none.
+type arg struct{ option, value, reason string }
+
+// table is QEMU's command line, in order.
+func (a vmArgs) table() []arg {
+	rows := []arg{
+		{"-name", a.ID, "whose it is"},
+		{"-no-user-config", "", "nothing but this command line counts"},
+		{"-nodefaults", "", "no device that is not listed here"},
+		{"-display", "none", ""},
+		{"-monitor", "none", ""},
+		{"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny", "seccomp: no exec, no setuid, no change of priorities"},
+		{"-no-reboot", "", "a guest that resets or panics ends: a reboot would reuse the boot token"},
+		{"-machine", a.machine(), "rtc=on: a guest without one waits seconds for it"},
+		{"-accel", a.accel(), ""},
+		{"-cpu", a.cpu(), "arat: without it the guest keeps a tick; rdrand: or it waits for randomness"},
+		{"-smp", strconv.FormatUint(uint64(a.CPUs), 10), ""},
+		{"-m", fmt.Sprintf("%dB", a.MemoryBytes), ""},
+		{"-object", fmt.Sprintf("memory-backend-memfd,id=memory,size=%dB,share=on", a.MemoryBytes), "vhost-user reads and writes the guest's memory"},
+		{"-global", "virtio-mmio.force-legacy=false", "vhost-user-vsock is a modern device"},
+		{"-kernel", fdPath(a.Kernel), "an ELF file, entered by PVH"},
+		{"-initrd", fdPath(a.Initrd), ""},
+		{"-append", a.kernelCommandLine(), ""},
+		{"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", a.QMP), "listening, so that a restarted daemon can connect"},
+		{"-mon", "chardev=qmp,mode=control", ""},
+	}
+	if a.Firmware != "" {
+		rows = append(rows, arg{"-bios", a.Firmware, "qboot does no more than a microvm needs"})
+	}
+	rows = append(rows, a.vsock()...)
+	rows = append(rows, a.disks()...)
+	if a.Console {
+		rows = append(rows, arg{"-chardev", "stdio,id=console,signal=off", ""}, arg{"-serial", "chardev:console", ""})
+	} else {
+		rows = append(rows, arg{"-serial", "none", ""})
+	}
+	return rows
+}
+
+// argv is the whole command line after the program's name.
+func (a vmArgs) argv() []string {
+	var argv []string
+	for _, row := range a.table() {
+		argv = append(argv, row.option)
+		if row.value != "" {
+			argv = append(argv, row.value)
+		}
+	}
+	return argv
+}
+
+func (a vmArgs) machine() string {
+	return strings.Join([]string{
+		"microvm", "memory-backend=memory", "x-option-roms=off",
+		"pit=off", "pic=off", "rtc=on", "acpi=on",
+		"isa-serial=" + map[bool]string{true: "on", false: "off"}[a.Console],
+		"dump-guest-core=off", "mem-merge=off", // the guest's secrets stay in its memory
+	}, ",")
+}
+
+func (a vmArgs) accel() string {
+	if a.Accelerator == accelTCG {
+		return fmt.Sprintf("tcg,thread=multi,tb-size=%d", tcgBufferMiB)
+	}
+	return "kvm"
+}
+
+func (a vmArgs) cpu() string {
+	if a.Accelerator == accelTCG {
+		// The fastest that TCG has for an x86-64-v1 userland, which Debian 12's is: models with more are slow at copying.
+		return "qemu64,+arat,+rdrand"
+	}
+	return "host"
+}
+
+func (a vmArgs) kernelCommandLine() string {
+	words := []string{
+		"reboot=t panic=-1", // a panic resets at once, and -no-reboot ends QEMU
+		"random.trust_cpu=on",
+		"cryptomgr.notests",
+		// Certificates are for modules' signatures, which an initramfs of our own does not need, and tracing is for nobody.
+		"initcall_blacklist=crypto_kdf108_init,load_system_certificate_list,init_kprobe_trace,init_trace_printk_function_export",
+	}
+	if a.Accelerator == accelTCG {
+		// TCG promises no security, and what the mitigations emulate costs time. Without the frequency the kernel
+		// measures it against a timer that emulation can starve: boots then hang now and then.
+		words = append(words, "mitigations=off")
+		if a.TSCKHz > 0 {
+			words = append(words, fmt.Sprintf("tsc_early_khz=%d", a.TSCKHz))
+		}
+	}
+	if a.Console {
+		words = append(words, "console=ttyS0")
+	} else {
+		words = append(words, "quiet")
+	}
+	return strings.Join(words, " ")
+}
+
+func (a vmArgs) vsock() []arg {
+	if a.Transport == transportKernel {
+		return []arg{{"-device", fmt.Sprintf("vhost-vsock-device,guest-cid=%d,vhostfd=%d", a.CID, a.Vsock), "opened by the daemon: QEMU may not"}}
+	}
+	return []arg{
+		{"-chardev", fmt.Sprintf("socket,id=vsock,fd=%d", a.Vsock), ""},
+		{"-device", "vhost-user-vsock-device,chardev=vsock", ""},
+	}
+}
+
+func (a vmArgs) disks() []arg {
+	if a.Image == 0 {
+		return nil
+	}
+	return []arg{
+		{"-add-fd", fmt.Sprintf("set=1,fd=%d", a.Image), "opened O_RDONLY: a guest cannot write what QEMU cannot"},
+		{"-blockdev", "driver=file,node-name=image-file,filename=/dev/fdset/1,read-only=on,auto-read-only=off,locking=off", "no locks: many VMs read one image"},
+		{"-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on", ""},
+		{"-device", "virtio-blk-device,drive=image,serial=" + imageSerial, ""},
+		{"-add-fd", fmt.Sprintf("set=2,fd=%d", a.Disk), ""},
+		{"-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,locking=on,discard=unmap", "locked: two VMs that write one disk destroy it; what the guest deletes, the host gets back"},
+		{"-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap", ""},
+		{"-device", "virtio-blk-device,drive=disk,serial=" + diskSerial, ""},
+	}
+}
+
+// fdPath names one of QEMU's own files for an option that takes a path only.
+func fdPath(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }

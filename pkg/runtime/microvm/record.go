@@ -1,0 +1,73 @@
+package microvm
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+)
+
+const (
+	recordFile = "vm.json"
+	// maxRecord bounds the file; it is root's own and has about 500 bytes.
+	maxRecord = 64 << 10
+)
+
+// record is what a daemon must know of a VM that an earlier one started. It is written before anything else is made, and
+// again once the processes run: a daemon that died between the two left processes that only their cgroup names.
+type record struct {
+	ID          string          `json:"id"`
+	Accelerator string          `json:"accelerator"`
+	Transport   transportRecord `json:"transport"`
+	// Hexadecimal.
+	Token string `json:"token"`
+	// Zero until they run. Helper stays zero where there is none.
+	QEMU   process `json:"qemu,omitzero"`
+	Helper process `json:"helper,omitzero"`
+	// False for the guest that tries out KVM.
+	HasDisks bool `json:"hasDisks"`
+}
+
+func (r record) save(dir string) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("cannot encode the record of microVM %s: %w", r.ID, err)
+	}
+	return writeFileAtomic(filepath.Join(dir, recordFile), b, 0o600)
+}
+
+// loadRecord reads a VM's record; runtime.ErrNotRunning if there is none.
+func loadRecord(dir string) (record, error) {
+	b, err := readFileBounded(filepath.Join(dir, recordFile), maxRecord)
+	if errors.Is(err, fs.ErrNotExist) {
+		return record{}, runtime.ErrNotRunning
+	}
+	var r record
+	if err == nil {
+		err = json.Unmarshal(b, &r)
+	}
+	if err != nil {
+		return record{}, fmt.Errorf("cannot read the record of a microVM: %w", err)
+	}
+	return r, nil
+}
+
+func (r record) token() (token bootToken, err error) {
+	b, err := hex.DecodeString(r.Token)
+	if err != nil || len(b) != len(token) {
+		return token, fmt.Errorf("cannot read the record of microVM %s: its token is damaged", r.ID)
+	}
+	return bootToken(b), nil
+}
+
+// processes are those that must run for the VM to.
+func (r record) processes() []process {
+	if r.Transport.Name == transportKernel {
+		return []process{r.QEMU}
+	}
+	return []process{r.QEMU, r.Helper}
+}

@@ -1,0 +1,359 @@
+package microvm
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// bootTimeout bounds a start. Seen: 1.2 s under TCG alone on a machine; the rest is for many starts at once on a
+	// small one.
+	bootTimeout = 2 * time.Minute
+	// undoTimeout bounds taking down a start that failed, when the caller may have gone.
+	undoTimeout = 20 * time.Second
+	// maxVMMPids bounds QEMU's threads and the helper's: one per CPU, up to 64 for disk I/O, a handful more.
+	maxVMMPids = 256
+	// maxCPUs is what QEMU's microvm machine takes.
+	maxCPUs = 255
+)
+
+// vmmOverhead is what a VM may use beyond its guest's memory, by accelerator: the cgroup limits both together, and a
+// guest that keeps to its memory must never be killed for it. Measured as the group's peak less the guest's memory with
+// every page of the guest touched, and doubled.
+var vmmOverhead = map[string]uint64{
+	accelKVM: 96 << 20,
+	accelTCG: 96<<20 + tcgBufferMiB<<20,
+}
+
+// boot is one start in the making.
+type boot struct {
+	r *Runtime
+	// Without an image there are no disks: such a guest only tries out KVM.
+	sandbox spec.Sandbox
+	guest   *guest
+	accel   string
+	timeout time.Duration
+
+	dir       string
+	rec       record
+	uid       uint32
+	group     *cgroup.Group
+	transport transport
+	layer     string
+	// Whether this start made the layer.
+	newLayer bool
+	work     *os.File
+	// What QEMU and the helper write.
+	log    *os.File
+	initrd *os.File
+	// Open files that only the start needs.
+	files []*os.File
+}
+
+// Start implements runtime.Runtime.
+func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, error) {
+	if err := checkID(s.ID); err != nil {
+		return nil, err
+	}
+	if s.Network != "" {
+		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM: networks are not supported yet, leave the network empty")
+	}
+	accel, err := r.accelerator(ctx)
+	if err != nil {
+		return nil, err
+	}
+	g, err := r.guest()
+	if err != nil {
+		return nil, fmt.Errorf("cannot start microVM: %w", err)
+	}
+	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
+	i, err := b.run(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("cannot start microVM: %w", err)
+	}
+	return i, nil
+}
+
+// run boots the VM until its agent has been heard. If it fails, nothing is left.
+func (b *boot) run(ctx context.Context) (*instance, error) {
+	ctx, cancel := context.WithTimeout(ctx, b.timeout)
+	defer cancel()
+	defer b.closeFiles()
+
+	b.dir = b.r.dir(b.sandbox.ID)
+	if err := os.Mkdir(b.dir, 0o700); errors.Is(err, fs.ErrExist) {
+		return nil, spec.Errorf(spec.KindAlreadyExists, "something of it is on the host: remove it first")
+	} else if err != nil {
+		return nil, err
+	}
+	i, err := b.build(ctx)
+	if err == nil {
+		err = b.awaitAgent(ctx, i)
+	}
+	if err == nil {
+		return i, nil
+	}
+	undo, cancelUndo := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancelUndo()
+	return nil, errors.Join(err, b.r.destroy(undo, b.sandbox.ID, !b.newLayer))
+}
+
+func (b *boot) closeFiles() {
+	for _, f := range b.files {
+		_ = f.Close() // only read, or in memory
+	}
+}
+
+// keep makes run close f.
+func (b *boot) keep(f *os.File, err error) (*os.File, error) {
+	if err == nil {
+		b.files = append(b.files, f)
+	}
+	return f, err
+}
+
+// build makes everything of the VM and starts its processes. What it leaves when it fails, destroy finds.
+func (b *boot) build(ctx context.Context) (i *instance, err error) {
+	token := bootToken{}
+	if _, err := rand.Read(token[:]); err != nil {
+		return nil, fmt.Errorf("cannot draw a boot token: %w", err)
+	}
+	ends, err := b.makeTransport(token)
+	if err != nil {
+		return nil, err
+	}
+	b.files = append(append(b.files, ends.QEMU), ends.Helper...)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.transport.Close())
+		}
+	}()
+	b.rec = record{ID: b.sandbox.ID, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks()}
+	if err := b.rec.save(b.dir); err != nil {
+		return nil, err
+	}
+	if b.uid, err = b.r.cfg.IDs.Allocate(b.sandbox.ID); err != nil {
+		return nil, err
+	}
+	b.group, err = cgroup.New(b.r.cfg.CgroupParent, b.sandbox.ID, cgroup.Limits{
+		CPUMillis:   b.sandbox.Resources.CPUMillis,
+		MemoryBytes: b.sandbox.Resources.MemoryBytes + vmmOverhead[b.accel],
+		Pids:        maxVMMPids,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := b.makeWorkDir(); err != nil {
+		return nil, err
+	}
+	if err := b.makeLayer(ctx); err != nil {
+		return nil, err
+	}
+	return b.startProcesses(token, ends)
+}
+
+func (b *boot) hasDisks() bool { return b.sandbox.ImagePath != "" }
+
+func (b *boot) makeTransport(token bootToken) (ends transportFiles, err error) {
+	if b.r.hub != nil {
+		b.transport, ends, err = b.r.hub.newTransport(token)
+	} else {
+		b.transport, ends, err = newVhostUser(b.dir, token)
+	}
+	return ends, err
+}
+
+// makeWorkDir makes the processes' working directory, empty and theirs.
+func (b *boot) makeWorkDir() error {
+	path := filepath.Join(b.dir, "work")
+	err := os.Mkdir(path, 0o500)
+	if err == nil {
+		b.work, err = b.keep(os.OpenFile(path, unix.O_RDONLY|unix.O_DIRECTORY, 0))
+	}
+	if err == nil {
+		err = b.work.Chown(int(b.uid), int(b.uid))
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make a working directory: %w", err)
+	}
+	return nil
+}
+
+func (b *boot) makeLayer(ctx context.Context) (err error) {
+	if !b.hasDisks() {
+		return nil
+	}
+	b.layer, b.newLayer, err = b.r.cfg.Disk.Layer(b.r.cfg.StateDir, b.sandbox.ID, layerOwner, b.sandbox.Resources.DiskBytes)
+	if err != nil || b.newLayer {
+		return err
+	}
+	return b.repairLayer(ctx)
+}
+
+// startProcesses starts the helper, then QEMU, and writes down that they run.
+func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance, err error) {
+	if b.log, err = b.keep(newLog("log")); err != nil {
+		return nil, err
+	}
+	i := &instance{rec: b.rec, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.killStarted(i))
+		}
+	}()
+	run := func(c command) (process, error) {
+		c.log, c.dir, c.uid = b.log, b.work, b.uid
+		p, pidfd, err := c.start(b.group)
+		if err == nil {
+			i.processes = append(i.processes, pidfd)
+		}
+		return p, err
+	}
+	qemu, err := b.qemu(token, ends.QEMU)
+	if err != nil {
+		return nil, err
+	}
+	if ends.Helper != nil {
+		t := i.rec.Transport
+		i.rec.Helper, err = run(command{path: b.r.cfg.VsockHelper, files: ends.Helper, args: []string{"--cid", fmt.Sprint(t.CID), "--port", fmt.Sprint(t.Port)}})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if i.rec.QEMU, err = run(qemu); err != nil {
+		return nil, err
+	}
+	if err := i.rec.save(b.dir); err != nil {
+		return nil, err
+	}
+	b.r.watch(i)
+	return i, nil
+}
+
+// killStarted ends and reaps the processes of a VM that nobody watches yet.
+func (b *boot) killStarted(i *instance) error {
+	err := b.group.Kill()
+	for _, p := range i.processes {
+		if werr := p.SetReadDeadline(time.Now().Add(undoTimeout)); werr != nil {
+			err = errors.Join(err, werr)
+		}
+		err = errors.Join(err, waitExit(p), p.Close())
+	}
+	return err
+}
+
+// qemu is QEMU's command: its files and, from their numbers, its arguments.
+func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
+	path, err := b.r.qemuPath()
+	if err != nil {
+		return command{}, err
+	}
+	c := command{path: path}
+	var errs error
+	// add passes a file on and answers with the number QEMU has it under.
+	add := func(f *os.File, err error) int {
+		errs = errors.Join(errs, err)
+		c.files = append(c.files, f)
+		return 2 + len(c.files)
+	}
+	a := vmArgs{
+		ID: b.sandbox.ID, Accelerator: b.accel,
+		CPUs:        min((b.sandbox.Resources.CPUMillis+999)/1000, maxCPUs),
+		MemoryBytes: b.sandbox.Resources.MemoryBytes &^ (1<<12 - 1),
+		Firmware:    firmware(path),
+		Transport:   b.rec.Transport.Name, CID: b.rec.Transport.CID,
+		Console: b.r.cfg.GuestConsole,
+	}
+	if b.accel == accelTCG {
+		a.TSCKHz = b.r.tsc.kHz()
+	} else {
+		c.groups, errs = kvmGroups()
+	}
+	a.Vsock = add(vsock, nil)
+	a.QMP = add(b.keep(listenUnix(b.dir, qmpSocket)))
+	a.Kernel = add(b.keep(os.Open(b.guest.vmlinuxPath)))
+	b.initrd, err = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport.Port), b.uid))
+	a.Initrd = add(b.initrd, err)
+	if b.hasDisks() {
+		a.Image = add(b.keep(openImage(b.sandbox.ImagePath)))
+		a.Disk = add(b.keep(os.OpenFile(b.layer, os.O_RDWR|unix.O_NOFOLLOW, 0)))
+	}
+	c.args = a.argv()
+	return c, errs
+}
+
+// openImage opens an image so that nothing can be written through the descriptor, ever.
+func openImage(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the image: %w", err)
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot open the image: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+// awaitAgent returns once the guest's agent has proved its boot. The connection is kept for the first Dial.
+func (b *boot) awaitAgent(ctx context.Context, i *instance) error {
+	conn, err := i.Dial(ctx)
+	if err != nil {
+		return b.explain(ctx, i, err)
+	}
+	i.mu.Lock()
+	i.first = conn
+	i.mu.Unlock()
+	return forgetInitramfs(b.initrd)
+}
+
+// explain says why a guest did not come up: what QEMU wrote, or what state it is in.
+func (b *boot) explain(ctx context.Context, i *instance, err error) error {
+	said := readLog(b.log)
+	if said == "" {
+		said = "it said nothing"
+	}
+	select {
+	case <-i.done:
+		return spec.Errorf(spec.KindInternal, "the VM ended before its agent answered: %s", said)
+	default:
+	}
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return err // the caller has gone, or the transport failed
+	}
+	state, qerr := i.state(context.WithoutCancel(ctx))
+	if qerr != nil {
+		state = qerr.Error()
+	}
+	return spec.Errorf(spec.KindUnavailable, "the guest's agent did not answer in time (QEMU's state: %s; its messages: %s)", state, said)
+}
+
+// state asks QEMU for its run state.
+func (i *instance) state(ctx context.Context) (state string, err error) {
+	conn, err := dialUnix(ctx, i.dir, qmpSocket)
+	if err != nil {
+		return "", fmt.Errorf("cannot ask QEMU: %w", err)
+	}
+	q, err := newQMP(ctx, conn)
+	if err != nil {
+		return "", err
+	}
+	defer q.Close() //nolint:errcheck // only asked
+	return q.status(ctx)
+}
