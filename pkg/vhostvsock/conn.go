@@ -1,6 +1,7 @@
 package vhostvsock
 
 import (
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -8,7 +9,7 @@ import (
 
 // phase is how far a connection has come.
 //
-//	REQUEST from the guest                  the daemon connects
+//	REQUEST from the guest          its first byte, and the daemon connects
 //	──────────────────────▶ phaseWaiting ──────────────────────▶ phaseJoined
 //	                          │ the guest resets or shuts both        │      │ both directions shut towards the guest:
 //	                          ▼                                       │      ▼ it has closeTimeout to reset
@@ -141,7 +142,6 @@ func (d *Device) accept(h *header) {
 	d.byPort[c.port] = c
 	d.waitingGuest = append(d.waitingGuest, c)
 	d.owe(c, oweResponse)
-	d.pair()
 }
 
 // newID skips ids in use, of which there are few.
@@ -157,10 +157,15 @@ func (d *Device) newID() int32 {
 	}
 }
 
-// pair joins the oldest of either side.
+// pair joins the oldest of either side. A connection of the guest's on which nothing came yet is left out: it could be
+// kept from speaking so that the daemon waits for it while others wait for the daemon.
 func (d *Device) pair() {
-	for len(d.waitingGuest) > 0 && len(d.waitingHost) > 0 {
-		c, h := d.waitingGuest[0], d.waitingHost[0]
+	for len(d.waitingHost) > 0 {
+		i := slices.IndexFunc(d.waitingGuest, func(c *conn) bool { return c.received > 0 })
+		if i < 0 {
+			return
+		}
+		c, h := d.waitingGuest[i], d.waitingHost[0]
 		d.waitingHost = remove(d.waitingHost, h)
 		if closed(h.fd) { // and the epoll hasn't told us yet
 			_ = unix.Close(h.fd)

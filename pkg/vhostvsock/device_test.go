@@ -394,6 +394,9 @@ func TestGuestCreditIsKept(t *testing.T) {
 	s.send(h, nil)
 	s.expect(opResponse, 1)
 	c := s.dial()
+	h = packetOf(opRW, 1)
+	h.bufAlloc, h.length = 10, 1
+	s.send(h, []byte{1})
 	if _, err := c.Write(make([]byte, 25)); err != nil {
 		t.Fatal(err)
 	}
@@ -424,8 +427,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	s.expect(opReset, 1000)
 	// All are taken in their order, and there is room again.
 	for port := uint32(0); port < maxWaitingGuest; port++ {
-		c := s.dial()
 		s.rw(port, []byte{byte(port)})
+		c := s.dial()
 		var b [1]byte
 		if _, err := c.Read(b[:]); err != nil || b[0] != byte(port) {
 			t.Fatalf("the daemon read %v, %v; want %d", b, err, port)

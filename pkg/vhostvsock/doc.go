@@ -1,6 +1,7 @@
 // Package vhostvsock carries a virtual machine's vsock without help from the host's kernel. It is the back end of QEMU's
 // vhost-user-vsock-device: it serves the device's two rings in the guest's memory and joins each connection that the
-// guest opens to (CID 2, one port) with a connection that the daemon opens to a Unix socket.
+// guest opens to (CID 2, one port), once it has sent a byte on it, with a connection that the daemon opens to a Unix
+// socket.
 //
 //	guest ── rings in shared memory ── Device ── Unix socket ── daemon
 //	QEMU  ── vhost-user messages ─────────┘

@@ -41,5 +41,5 @@ const (
 	// VSOCK_CLOSE_TIMEOUT. Then we reset it.
 	closeTimeout = 8 * time.Second
 	// How long the daemon may take to read what a guest that is gone had sent.
-	drainTimeout = 5 * time.Second
+	drainTimeout = 800 * time.Millisecond
 )

@@ -174,6 +174,9 @@ func (d *Device) fromGuest(c *conn, payload [][]byte, n uint32) {
 			c.buf = append(c.buf, p...)
 		}
 	}
+	if c.phase == phaseWaiting {
+		d.pair()
+	}
 	d.giveCredit(c)
 }
 
