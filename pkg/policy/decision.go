@@ -47,8 +47,10 @@ type Decision struct {
 	Granted spec.Isolation `json:"granted,omitempty"`
 	// The rule that matched; "default" or "no-policy" when none did.
 	Rule string `json:"rule"`
-	// One sentence.
+	// One sentence: the rule's reason, or why the request is refused.
 	Reason string `json:"reason"`
+	// One sentence, when the policy would allow the request and this host cannot give what was decided.
+	Unsatisfiable string `json:"unsatisfiable,omitempty"`
 	// sha256 of the policy file, empty without one.
 	PolicyDigest string `json:"policyDigest,omitempty"`
 	// Each rule up to the one that matched, in order.
