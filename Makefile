@@ -39,29 +39,29 @@ $(BINARIES) &: $(SOURCES) Makefile | .cache/log
 .cache/log:
 	@mkdir -p $@
 
-.PHONY: setup
-setup: ## fetch what tests and demo need: packages, guest kernel, images
+.PHONY: test-assets
+test-assets: ## fetch what tests and demo need: packages, guest kernel, images
 	@scripts/setup.sh
 
 .PHONY: test
-test: setup build proto-check lint test-unit test-e2e ## everything that CI runs
+test: test-assets build proto-check lint test-unit test-e2e ## everything that CI runs
 
 .PHONY: test-unit
-test-unit: setup build ## tests beside the code
+test-unit: test-assets build ## tests beside the code
 	@scripts/test.sh unit
 
 .PHONY: test-e2e
-test-e2e: setup build ## scenarios through the programs, each in a container and in a VM
+test-e2e: test-assets build ## scenarios through the programs, each in a container and in a VM
 	@scripts/test.sh e2e
 
 .PHONY: demo
-demo: setup build ## one program, one image, two walls: see it work
+demo: test-assets build ## one program, one image, two walls: see it work
 	@scripts/demo.sh
 
 .PHONY: bench
-bench: setup build ## measure against crun, runc, podman, bubblewrap and bare QEMU
+bench: test-assets build ## measure against crun, runc, podman, bubblewrap and bare QEMU
 	@scripts/setup.sh bench-packages
-	@. scripts/lib.sh; step "build bench" go build -o .cache/bench ./test/bench
+	@. scripts/lib.sh; step "build bench" go build -o .cache/bench ./bench
 	@.cache/bench
 
 .PHONY: lint

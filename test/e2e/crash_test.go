@@ -1,0 +1,101 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A counter that runs while its daemon dies: every number must be in the logs, once, in order.
+const (
+	counterLast   = 99
+	counterScript = `i=0; while [ $i -le 99 ]; do echo $i; i=$((i+1)); sleep 0.1; done; exit 9`
+)
+
+func counterOutput() string {
+	var b strings.Builder
+	for i := range counterLast + 1 {
+		fmt.Fprintln(&b, i)
+	}
+	return b.String()
+}
+
+// While the daemon is away or back again, workloads of both kinds go on and nothing of them is lost.
+func TestDaemonComesBack(t *testing.T) {
+	for _, c := range []struct {
+		what string
+		end  func(d *daemon) error
+	}{
+		{"killed", (*daemon).kill},
+		{"terminated", (*daemon).terminate},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			d := ownDaemon(t)
+			d.watch(t)
+			counters, quitters, sleepers := map[string]string{}, map[string]string{}, map[string]string{}
+			for _, iso := range isolations {
+				w := wall{d, iso}
+				counters[iso] = w.start(t, busybox, "sh", "-c", counterScript)
+				// Ends on its own while nobody looks.
+				quitters[iso] = w.start(t, busybox, "sh", "-c", "echo here; while [ ! -e /go ]; do sleep 0.1; done; sleep 1; echo gone; exit 6")
+				sleepers[iso] = w.start(t, "-i", busybox, "sh", "-c", "while read l; do echo got $l; done; exit 8")
+			}
+			pids := map[string]int{}
+			for _, iso := range isolations {
+				d.waitForLog(t, counters[iso], "5\n")
+				d.call(t, "exec", quitters[iso], "touch", "/go")
+				pids[iso] = d.inspect(t, counters[iso]).Status.HostPID
+			}
+			must(t, c.end(d))
+			for _, iso := range isolations {
+				if err := syscall.Kill(pids[iso], 0); err != nil || pids[iso] == 0 {
+					t.Errorf("the counter in a %s is gone with its daemon: process %d: %v", iso, pids[iso], err)
+				}
+			}
+			// Long enough that the quitters quit, and that the counters write what nobody reads.
+			<-time.After(2500 * time.Millisecond)
+			d.mustStart(t)
+			for _, iso := range isolations {
+				if s := d.inspect(t, counters[iso]).Status; s.State != "WORKLOAD_STATE_RUNNING" || s.HostPID != pids[iso] {
+					t.Errorf("the counter in a %s: %+v, want it running as process %d", iso, s, pids[iso])
+				}
+				d.call(t, "wait", quitters[iso]).wantOut(t, "6\n")
+				d.call(t, "logs", quitters[iso]).wantOut(t, "here\ngone\n")
+				d.call(t, "exec", sleepers[iso], "echo", "back").wantOut(t, "back\n")
+				d.command("attach", sleepers[iso]).withStdin(strings.NewReader("after\n")).run().want(t, 8)
+				d.call(t, "logs", sleepers[iso]).wantOut(t, "got after\n")
+			}
+			for _, iso := range isolations {
+				d.call(t, "wait", counters[iso]).wantOut(t, "9\n")
+				d.call(t, "logs", counters[iso]).wantOut(t, counterOutput())
+			}
+			// What came back can be removed and made anew like anything else.
+			for _, iso := range isolations {
+				d.call(t, "rm", counters[iso])
+				wall{d, iso}.run(busybox, "echo", "new").run().wantOut(t, "new\n")
+			}
+		})
+	}
+}
+
+// Killed again and again while workloads come and go: nothing stays that nobody knows of.
+func TestKilledWhileBusy(t *testing.T) {
+	d := ownDaemon(t)
+	d.watch(t)
+	for _, iso := range isolations {
+		for _, after := range []time.Duration{30 * time.Millisecond, 150 * time.Millisecond, 600 * time.Millisecond, 1500 * time.Millisecond} {
+			done := make(chan result, 1)
+			call := wall{d, iso}.run(busybox, "sh", "-c", "echo started; sleep 0.2")
+			go func() { done <- call.run() }()
+			<-time.After(after)
+			must(t, d.kill())
+			<-done
+			d.mustStart(t)
+			for _, id := range strings.Fields(d.call(t, "ps", "-a", "-q").stdout) {
+				d.call(t, "rm", "-f", id)
+			}
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// A leak check that finds nothing proves nothing unless it finds what is there: each kind of leak is planted once.
+func TestLeakCheckFinds(t *testing.T) {
+	for _, c := range []struct {
+		kind  string
+		plant func(t *testing.T, d *daemon)
+	}{
+		{"process", plantOrphan},
+		{"mount", func(t *testing.T, d *daemon) {
+			dir := filepath.Join(d.runDir, "mounted")
+			must(t, os.Mkdir(dir, 0o700))
+			must(t, unix.Mount("leak", dir, "tmpfs", 0, ""))
+			t.Cleanup(func() {
+				must(t, unix.Unmount(dir, 0))
+				must(t, os.Remove(dir))
+			})
+		}},
+		{"loop device", plantLoop},
+		{"cgroup", func(t *testing.T, d *daemon) {
+			dir := filepath.Join(anyHierarchy(t), d.cgroupParent(), "planted")
+			must(t, os.MkdirAll(dir, 0o755))
+			t.Cleanup(func() { must(t, unix.Rmdir(dir)) })
+		}},
+		{"network namespace", func(t *testing.T, d *daemon) {
+			_, existed := os.Stat("/run/netns")
+			must(t, os.MkdirAll("/run/netns", 0o755))
+			name := fmt.Sprintf("/run/netns/planted-%d", os.Getpid())
+			must(t, os.WriteFile(name, nil, 0o600))
+			t.Cleanup(func() {
+				must(t, os.Remove(name))
+				if existed != nil {
+					must(t, os.Remove("/run/netns"))
+				}
+			})
+		}},
+		{"network device", plantTap},
+		{"file", func(t *testing.T, d *daemon) {
+			name := filepath.Join(d.stateDir, "planted")
+			must(t, os.WriteFile(name, nil, 0o600))
+			t.Cleanup(func() { must(t, os.Remove(name)) })
+		}},
+		{"file: socket", func(t *testing.T, d *daemon) {
+			l, err := net.Listen("unix", filepath.Join(d.runDir, "planted.sock"))
+			must(t, err)
+			t.Cleanup(func() { must(t, l.Close()) })
+		}},
+		{"descriptor of the daemon", func(t *testing.T, d *daemon) {
+			// Another process's descriptor that points at the same file is what /proc shows: its log, once more.
+			plantDescriptor(t, d)
+		}},
+	} {
+		t.Run(c.kind, func(t *testing.T) {
+			before := takeSnapshot(t, shared)
+			t.Run("planted", func(t *testing.T) {
+				c.plant(t, shared)
+				// Not waiting for it to go: it is there now.
+				found, err := before.leaks(shared, 0)
+				must(t, err)
+				if len(found) == 0 || !strings.HasPrefix(found[0], c.kind) {
+					t.Errorf("planted a %s, found %q", c.kind, found)
+				}
+			})
+			before.wantNothingNew(t, shared)
+		})
+	}
+}
+
+// After a daemon has gone the same must be found again, so the second check is tested too.
+func TestLeakCheckFindsAfterDaemon(t *testing.T) {
+	d, err := newDaemon("leaky")
+	must(t, err)
+	id := strings.Repeat("0123456789abcdef", 2)
+	must(t, os.MkdirAll(filepath.Join(d.stateDir, "sandbox", id), 0o700))
+	must(t, os.MkdirAll(filepath.Join(d.stateDir, "images"), 0o700))
+	err = d.remove()
+	if err == nil || !strings.Contains(err.Error(), id) || strings.Contains(err.Error(), "images") {
+		t.Errorf("planted the directory of a sandbox, and one that may stay; got: %v", err)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// plantOrphan leaves a process whose parent is gone, as a daemon that was killed would.
+func plantOrphan(t *testing.T, _ *daemon) {
+	cmd := exec.Command("sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!")
+	out, err := cmd.Output()
+	must(t, err)
+	var pid int
+	_, err = fmt.Sscan(string(out), &pid)
+	must(t, err)
+	t.Cleanup(func() { must(t, unix.Kill(pid, unix.SIGKILL)) })
+}
+
+func plantLoop(t *testing.T, d *daemon) {
+	name := filepath.Join(d.stateDir, "planted.img")
+	must(t, os.WriteFile(name, make([]byte, 1<<20), 0o600))
+	out, err := exec.Command("losetup", "--find", "--show", name).Output()
+	must(t, err)
+	t.Cleanup(func() {
+		must(t, exec.Command("losetup", "--detach", strings.TrimSpace(string(out))).Run())
+		must(t, os.Remove(name))
+	})
+}
+
+func anyHierarchy(t *testing.T) string {
+	mounts, err := listMounts(nil)
+	must(t, err)
+	for _, m := range mounts {
+		if strings.HasPrefix(m, "cgroup") {
+			return strings.TrimSuffix(strings.Fields(m)[2], ",")
+		}
+	}
+	t.Fatal("no cgroup file system is mounted")
+	return ""
+}
+
+func plantTap(t *testing.T, _ *daemon) {
+	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	must(t, err)
+	t.Cleanup(func() { must(t, tun.Close()) })
+	request, err := unix.NewIfreq("planted0")
+	must(t, err)
+	request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+	must(t, unix.IoctlIfreq(int(tun.Fd()), unix.TUNSETIFF, request))
+}
+
+// plantDescriptor has a stand-in for the daemon open one file more.
+func plantDescriptor(t *testing.T, d *daemon) {
+	real := d.cmd
+	stand := exec.Command("sleep", "60")
+	must(t, startChild(stand))
+	t.Cleanup(func() {
+		d.cmd = real
+		must(t, stand.Process.Kill())
+		_ = waitChild(stand)
+	})
+	// Its three descriptors are /dev/null, which no daemon of ours has.
+	d.cmd = stand
+}

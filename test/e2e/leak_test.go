@@ -1,0 +1,338 @@
+package e2e
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// snapshot is everything that a daemon of ours has on this host, kind by kind: what is there, and how to name it.
+type snapshot map[string]map[string]bool
+
+// kinds of things a sandbox is made of, each with how to list those that are d's.
+var kinds = []struct {
+	name string
+	list func(d *daemon) ([]string, error)
+}{
+	{"process", listProcesses},
+	{"mount", listMounts},
+	{"loop device", listLoops},
+	{"cgroup", listCgroups},
+	{"network namespace", listNetworkNamespaces},
+	{"network device", listNetworkDevices},
+	{"file", listFiles},
+	{"descriptor of the daemon", listDescriptors},
+}
+
+// Removal is over when the call that asked for it answers, but for what the kernel does behind: a killed process's
+// memory, an autoclear loop device, a connection's last descriptor.
+const settleTimeout = 15 * time.Second
+
+func takeSnapshot(t *testing.T, d *daemon) snapshot {
+	t.Helper()
+	s, err := look(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func look(d *daemon) (snapshot, error) {
+	s := snapshot{}
+	for _, k := range kinds {
+		found, err := k.list(d)
+		if err != nil {
+			return nil, fmt.Errorf("cannot list each %s: %w", k.name, err)
+		}
+		s[k.name] = map[string]bool{}
+		for _, f := range found {
+			s[k.name][f] = true
+		}
+	}
+	return s, nil
+}
+
+// newSince names what is in s and was not in before.
+func (s snapshot) newSince(before snapshot) []string {
+	var found []string
+	for kind, things := range s {
+		for thing := range things {
+			if !before[kind][thing] {
+				found = append(found, kind+": "+thing)
+			}
+		}
+	}
+	slices.Sort(found)
+	return found
+}
+
+// leaks waits for everything that was not there before to go, and names what stays.
+func (before snapshot) leaks(d *daemon, within time.Duration) ([]string, error) {
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for deadline := time.Now().Add(within); ; <-tick.C {
+		after, err := look(d)
+		if err != nil {
+			return nil, err
+		}
+		found := after.newSince(before)
+		if len(found) == 0 || time.Now().After(deadline) {
+			return found, nil
+		}
+	}
+}
+
+func (before snapshot) wantNothingNew(t *testing.T, d *daemon) {
+	t.Helper()
+	found, err := before.leaks(d, settleTimeout)
+	if err != nil {
+		t.Error(err)
+	}
+	if len(found) > 0 {
+		t.Errorf("the test left on the host:\n\t%s", strings.Join(found, "\n\t"))
+	}
+}
+
+// leftAfterDaemon names what is on the host after a daemon has removed its workloads and ended, but for the two
+// directories it was given and the images and records in them.
+func leftAfterDaemon(d *daemon) ([]string, error) {
+	own := map[string]bool{}
+	for _, dir := range []string{d.runDir, d.stateDir} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			own[filepath.Join(dir, e.Name())] = true
+		}
+	}
+	before := snapshot{"file": {}}
+	files, err := listFiles(d)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range files {
+		// Empty directories, images and records may stay. A socket, or anything of a sandbox, may not.
+		sandbox := strings.Contains(f, "/sandbox/") || strings.HasPrefix(f, "socket ")
+		before["file"][f] = own[f] || !sandbox && strings.HasPrefix(f, d.stateDir) || strings.HasPrefix(f, "directory ") && !hasID(f)
+	}
+	if before["mount"], err = mountsElsewhere(d); err != nil {
+		return nil, err
+	}
+	before["network device"] = hostNetwork
+	return before.leaks(d, settleTimeout)
+}
+
+// hasID reports whether a path names a workload: 32 hexadecimal digits.
+func hasID(path string) bool {
+	for part := range strings.SplitSeq(path, "/") {
+		if len(part) == 32 && strings.Trim(part, "0123456789abcdef") == "" {
+			return true
+		}
+	}
+	return false
+}
+
+// hostNetwork are the network devices of the host itself, from before any daemon ran.
+var hostNetwork = func() map[string]bool {
+	found := map[string]bool{}
+	devices, err := listNetworkDevices(nil)
+	if err != nil {
+		panic(err)
+	}
+	for _, d := range devices {
+		found[d] = true
+	}
+	return found
+}()
+
+func listProcesses(d *daemon) ([]string, error) {
+	var found []string
+	for _, p := range descendants() {
+		// Only if it is d's: others daemons of the test have their own. What can't be read has just ended.
+		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid))
+		if err != nil {
+			continue
+		}
+		found = append(found, fmt.Sprintf("%d %s, child of %d: %s", p.pid, p.name, p.parent, strings.ReplaceAll(abridged(string(command)), "\x00", " ")))
+	}
+	return found, nil
+}
+
+func listMounts(*daemon) ([]string, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var found []string
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		// id parent major:minor root where options … - type source options
+		fields := strings.Fields(lines.Text())
+		rest := fields[slices.Index(fields, "-")+1:]
+		found = append(found, fmt.Sprintf("%s on %s, source %s", rest[0], fields[4], rest[1]))
+	}
+	return found, lines.Err()
+}
+
+// mountsElsewhere are those that have nothing to do with d's directories.
+func mountsElsewhere(d *daemon) (map[string]bool, error) {
+	all, err := listMounts(d)
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]bool{}
+	for _, m := range all {
+		found[m] = !strings.Contains(m, d.runDir) && !strings.Contains(m, d.stateDir)
+	}
+	return found, nil
+}
+
+func listLoops(d *daemon) ([]string, error) {
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, f := range files {
+		backing, err := os.ReadFile(f)
+		if err != nil {
+			continue // detached meanwhile
+		}
+		// An image's, kept for the next workload, is the daemon's own.
+		if b := string(backing); strings.HasPrefix(b, d.stateDir) && !strings.HasPrefix(b, d.stateDir+"/images/") {
+			found = append(found, fmt.Sprintf("%s backed by %s", strings.Split(f, "/")[3], strings.TrimSpace(b)))
+		}
+	}
+	return found, nil
+}
+
+// listCgroups finds the groups of d's workloads in every hierarchy there is.
+func listCgroups(d *daemon) ([]string, error) {
+	mounts, err := listMounts(d)
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, m := range mounts {
+		if !strings.HasPrefix(m, "cgroup") {
+			continue
+		}
+		hierarchy := strings.TrimSuffix(strings.Fields(m)[2], ",")
+		groups, err := filepath.Glob(filepath.Join(hierarchy, d.cgroupParent(), "*"))
+		if err != nil {
+			return nil, err
+		}
+		for _, g := range groups {
+			if info, err := os.Stat(g); err == nil && info.IsDir() {
+				found = append(found, g)
+			}
+		}
+	}
+	return found, nil
+}
+
+// listNetworkNamespaces finds those that something other than this process's own namespace keeps alive: a name in
+// /run/netns, or a process below us. (One that a descriptor keeps is found among the daemon's descriptors.)
+func listNetworkNamespaces(*daemon) ([]string, error) {
+	found := map[string]bool{}
+	names, err := filepath.Glob("/run/netns/*")
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		found[n] = true
+	}
+	ours, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range descendants() {
+		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", p.pid)); err == nil && ns != ours {
+			found[fmt.Sprintf("%s of process %d", ns, p.pid)] = true
+		}
+	}
+	return slices.Collect(maps.Keys(found)), nil
+}
+
+func listNetworkDevices(*daemon) ([]string, error) {
+	entries, err := os.ReadDir("/sys/class/net")
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, e := range entries {
+		found = append(found, e.Name())
+	}
+	return found, nil
+}
+
+func listFiles(d *daemon) ([]string, error) {
+	var found []string
+	for _, dir := range []string{d.runDir, d.stateDir, idDir} {
+		err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				return nil // removed meanwhile
+			case err != nil:
+				return err
+			case e.Type()&fs.ModeSocket != 0:
+				found = append(found, "socket "+path)
+			case e.IsDir():
+				found = append(found, "directory "+path)
+			default:
+				found = append(found, path)
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// listDescriptors counts what the daemon holds open by what it is, so that what is opened anew under another number is
+// no leak, and one more of the same is.
+func listDescriptors(d *daemon) ([]string, error) {
+	if !d.running() {
+		return nil, nil
+	}
+	return descriptorsOf(d.cmd.Process.Pid)
+}
+
+func descriptorsOf(pid int) ([]string, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	count := map[string]int{}
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue
+		}
+		// socket:[123], pipe:[123] and net:[123]: the number is a name, not a kind.
+		if kind, _, ok := strings.Cut(target, ":["); ok && !strings.HasPrefix(target, "anon_inode") {
+			target = kind
+		}
+		count[target]++
+	}
+	var found []string
+	for target, n := range count {
+		for i := range n {
+			found = append(found, fmt.Sprintf("%s (number %d)", target, i+1))
+		}
+	}
+	return found, nil
+}

@@ -1,0 +1,157 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
+)
+
+func TestListAndFilter(t *testing.T) {
+	d := shared
+	d.watch(t)
+	c, v := wall{d, "container"}, wall{d, "vm"}
+	one := c.create(t, "--name", "one", "-l", "team=red", busybox, "true")
+	two := v.create(t, "--name", "two", "--label", "team=blue", "-l", "size=large", busybox, "true")
+	three := c.start(t, "--name", "three", "-l", "team=red", busybox, "sleep", "600")
+	for _, f := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"-a"}, []string{one, two, three}},
+		{nil, []string{three}},
+		{[]string{"-a", "--filter", "label=team=red"}, []string{one, three}},
+		{[]string{"-a", "--filter", "label=size"}, []string{two}},
+		{[]string{"-a", "--filter", "label=team=red", "--filter", "label=size"}, nil},
+		{[]string{"-a", "--filter", "state=created"}, []string{one, two}},
+		{[]string{"-a", "--filter", "isolation=vm"}, []string{two}},
+		{[]string{"-a", "--filter", "isolation=container", "--filter", "state=running"}, []string{three}},
+	} {
+		got := strings.Fields(d.call(t, append([]string{"ps", "-q"}, f.args...)...).stdout)
+		for i, id := range got {
+			for _, full := range []string{one, two, three} {
+				if strings.HasPrefix(full, id) {
+					got[i] = full
+				}
+			}
+		}
+		if !slices.Equal(got, f.want) {
+			t.Errorf("ps -q %s: got %q, want %q", strings.Join(f.args, " "), got, f.want)
+		}
+	}
+	table := d.call(t, "ps", "-a").stdout
+	for _, word := range []string{"one", "two", "three", "container", "vm", "created", "running", busybox} {
+		if !strings.Contains(strings.ToLower(table), word) {
+			t.Errorf("ps does not show %q:\n%s", word, table)
+		}
+	}
+	if got := d.inspect(t, "two"); got.Name != "two" || got.Labels["size"] != "large" || got.ID != two {
+		t.Errorf("inspect: %+v", got)
+	}
+	d.command("ps", "--filter", "colour=red").run().wantError(t, 125, "colour")
+}
+
+func TestListIsPaged(t *testing.T) {
+	d := shared
+	d.watch(t)
+	var want, got []string
+	for range 5 {
+		want = append(want, wall{d, "container"}.create(t, busybox, "true"))
+	}
+	for token, pages := "", 0; ; pages++ {
+		r, err := d.workloads().ListWorkloads(t.Context(), &sandboxdv1.ListWorkloadsRequest{PageSize: 2, PageToken: token})
+		must(t, err)
+		if len(r.Workloads) > 2 {
+			t.Fatalf("a page of %d, asked for 2", len(r.Workloads))
+		}
+		for _, w := range r.Workloads {
+			got = append(got, w.Id)
+		}
+		if token = r.NextPageToken; token == "" {
+			break
+		}
+		if pages > 5 {
+			t.Fatal("pages without end")
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q, oldest first", got, want)
+	}
+	if _, err := d.workloads().ListWorkloads(t.Context(), &sandboxdv1.ListWorkloadsRequest{PageToken: "nonsense"}); err == nil {
+		t.Error("a made-up page token was accepted")
+	}
+}
+
+func TestEvents(t *testing.T) {
+	both(t, func(t *testing.T, w wall) {
+		since := time.Now()
+		name := "eventful-" + w.isolation
+		id := w.create(t, "--name", name, busybox, "sh", "-c", "sleep 1; exit 3")
+		w.call(t, "start", id)
+		w.exec(id, "true").run()
+		w.call(t, "wait", id)
+		w.call(t, "rm", id)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		stream, err := w.workloads().WatchEvents(ctx, &sandboxdv1.WatchEventsRequest{Id: id, Since: timestamppb.New(since.Add(-time.Second))})
+		must(t, err)
+		var got []string
+		for !slices.Contains(got, "TYPE_DELETED") {
+			m, err := stream.Recv()
+			if errors.Is(err, io.EOF) || err != nil {
+				t.Fatalf("events end with %v after %q", err, got)
+			}
+			e := m.Event
+			got = append(got, e.Type.String())
+			if e.WorkloadId != id || e.WorkloadName != name {
+				t.Errorf("event of another: %v", e)
+			}
+			if e.Type == sandboxdv1.Event_TYPE_EXITED && e.Attributes["exit_code"] != "3" {
+				t.Errorf("event without its exit code: %v", e)
+			}
+			if e.Type == sandboxdv1.Event_TYPE_CREATED && e.Attributes["rule"] != "no-policy" {
+				t.Errorf("event without the decision: %v", e)
+			}
+		}
+		want := []string{"TYPE_CREATED", "TYPE_STARTING", "TYPE_STARTED", "TYPE_EXEC_STARTED", "TYPE_EXEC_EXITED", "TYPE_EXITED", "TYPE_DELETED"}
+		got = slices.DeleteFunc(got, func(s string) bool { return s == "TYPE_STOPPING" })
+		if !slices.Equal(got, want) {
+			t.Errorf("got  %q\nwant %q", got, want)
+		}
+	})
+}
+
+func TestSmallCommands(t *testing.T) {
+	d := shared
+	d.watch(t)
+	if out := d.call(t, "version").stdout; strings.Count(out, "\n") < 1 {
+		t.Errorf("version wrote %q", out)
+	}
+	doctor := d.call(t, "doctor").stdout
+	for _, word := range []string{"cgroup", "container", "vm"} {
+		if !strings.Contains(strings.ToLower(doctor), word) {
+			t.Errorf("doctor does not speak of %s:\n%s", word, doctor)
+		}
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		if out := d.call(t, "completion", shell).stdout; !strings.Contains(out, "sandboxctl") {
+			t.Errorf("completion %s wrote %q", shell, abridged(out))
+		}
+	}
+	var list any
+	if out := d.call(t, "--format", "json", "ps", "-a").stdout; json.Unmarshal([]byte(out), &list) != nil && out != "" {
+		t.Errorf("ps --format json is no JSON: %q", out)
+	}
+	d.command("no-such-command").run().want(t, 125)
+	d.command("run").run().want(t, 125)
+	nobody := &daemon{address: "unix:///run/no-such-daemon.sock"}
+	nobody.command("ps").run().wantError(t, 125, "/run/no-such-daemon.sock")
+}

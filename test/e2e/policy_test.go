@@ -1,0 +1,146 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const testPolicy = `version: 1
+default: deny
+rules:
+  - name: no-raw-sockets
+    when: '"NET_ADMIN" in request.capAdd || "CAP_NET_ADMIN" in request.capAdd'
+    deny: true
+    reason: nobody configures networks here
+  - name: own-code
+    when: '"origin" in request.labels && request.labels["origin"] == "ours"'
+    isolation: container
+    reason: we wrote it
+  - name: strangers-code
+    when: '"origin" in request.labels && request.labels["origin"] == "stranger"'
+    isolation: vm
+    reason: we did not write it
+`
+
+func policyFile(t *testing.T, source string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "policy.yaml")
+	must(t, os.WriteFile(file, []byte(source), 0o600))
+	return file
+}
+
+func TestPolicyDecides(t *testing.T) {
+	file := policyFile(t, testPolicy)
+	d := ownDaemon(t, "--policy", file)
+	d.watch(t)
+
+	for _, c := range []struct {
+		what         string
+		flags        []string
+		isolation    string
+		rule, reason string
+	}{
+		{"a rule says container", []string{"--label", "origin=ours"}, "ISOLATION_CONTAINER", "own-code", "we wrote it"},
+		{"a rule says vm", []string{"--label", "origin=stranger"}, "ISOLATION_VM", "strangers-code", "we did not write it"},
+		{"what suffices may be demanded", []string{"--label", "origin=ours", "--isolation", "container"}, "ISOLATION_CONTAINER", "own-code", "we wrote it"},
+		{"more may be demanded", []string{"--label", "origin=ours", "--isolation", "vm"}, "ISOLATION_VM", "own-code", "we wrote it"},
+	} {
+		w := wall{d, "auto"}
+		id := w.create(t, append(c.flags, busybox, "true")...)
+		got := d.inspect(t, id).Status
+		if got.Isolation != c.isolation || got.Decision.Rule != c.rule || !strings.Contains(got.Decision.Reason, c.reason) {
+			t.Errorf("%s: got %+v, want %s by rule %s", c.what, got, c.isolation, c.rule)
+		}
+		d.call(t, "start", id)
+		d.call(t, "wait", id).wantOut(t, "0\n")
+	}
+
+	for _, c := range []struct {
+		what  string
+		flags []string
+		words []string
+	}{
+		{"less than the rule says", []string{"--label", "origin=stranger", "--isolation", "container"}, []string{"strangers-code"}},
+		{"denied by a rule", []string{"--label", "origin=ours", "--cap-add", "NET_ADMIN"}, []string{"no-raw-sockets", "nobody configures networks here"}},
+		{"no rule matches", nil, []string{"default"}},
+	} {
+		r := d.command(append(append([]string{"run"}, c.flags...), busybox, "true")...).run()
+		t.Log(c.what, r.stderr)
+		r.wantError(t, 125, c.words...)
+	}
+	d.call(t, "ps", "-a", "-q") // what was refused left no record, but for the four of above
+	if n := strings.Count(d.call(t, "ps", "-a", "-q").stdout, "\n"); n != 4 {
+		t.Errorf("%d workloads are recorded, want 4", n)
+	}
+}
+
+func TestPolicyIsExplained(t *testing.T) {
+	file := policyFile(t, testPolicy)
+	d := ownDaemon(t, "--policy", file)
+	d.watch(t)
+	out := d.call(t, "policy", "explain", "--label", "origin=stranger", busybox).stdout
+	for _, word := range []string{"vm", "strangers-code", "we did not write it", "own-code"} {
+		if !strings.Contains(out, word) {
+			t.Errorf("policy explain does not say %q:\n%s", word, out)
+		}
+	}
+	// A denial is an answer, and says who denies.
+	r := d.command("policy", "explain", "--cap-add", "NET_ADMIN", busybox).run()
+	if !strings.Contains(r.stdout, "no-raw-sockets") {
+		t.Errorf("policy explain of what is denied: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	if out := d.call(t, "policy", "show").stdout; !strings.Contains(out, "strangers-code") {
+		t.Errorf("policy show wrote %q", out)
+	}
+	if out := d.call(t, "ps", "-a", "-q").stdout; out != "" {
+		t.Errorf("explaining made workloads: %s", out)
+	}
+}
+
+func TestPolicyCheck(t *testing.T) {
+	d := shared
+	d.watch(t)
+	d.call(t, "policy", "check", policyFile(t, testPolicy))
+	for what, c := range map[string]struct{ from, to, says string }{
+		"unknown field":      {"reason: we wrote it", "reasn: we wrote it", "reasn"},
+		"no such isolation":  {"isolation: vm", "isolation: jail", "jail"},
+		"condition of type":  {`request.labels["origin"] == "ours"'`, `request.labels["origin"]'`, "own-code"},
+		"unknown name":       {"request.capAdd ||", "request.capsAdd ||", "capsAdd"},
+		"version":            {"version: 1", "version: 9", "version"},
+		"rule decides twice": {"deny: true", "deny: true\n    isolation: vm", "no-raw-sockets"},
+	} {
+		broken := strings.Replace(testPolicy, c.from, c.to, 1)
+		if broken == testPolicy {
+			t.Fatalf("%s: nothing to replace", what)
+		}
+		r := d.command("policy", "check", policyFile(t, broken)).run()
+		if r.code == 0 || !strings.Contains(r.stderr+r.stdout, c.says) {
+			t.Errorf("%s: exit code %d, want an error that says %q; got %s%s", what, r.code, c.says, r.stdout, r.stderr)
+		}
+		// The daemon must not run on a policy that is not what its author meant.
+		bad, err := newDaemon("bad-policy", "--policy", policyFile(t, broken))
+		must(t, err)
+		if err := bad.start(); err == nil {
+			t.Errorf("%s: the daemon started", what)
+		}
+		must(t, bad.remove())
+	}
+}
+
+// Without a policy file callers choose, and auto means vm.
+func TestWithoutPolicy(t *testing.T) {
+	d := shared
+	d.watch(t)
+	for _, c := range []struct{ asked, want string }{
+		{"container", "ISOLATION_CONTAINER"}, {"vm", "ISOLATION_VM"}, {"auto", "ISOLATION_VM"},
+	} {
+		id := wall{d, c.asked}.create(t, busybox, "true")
+		got := d.inspect(t, id).Status
+		if got.Isolation != c.want || got.Decision.Rule != "no-policy" {
+			t.Errorf("--isolation %s: %+v", c.asked, got)
+		}
+	}
+	d.command("create", "--isolation", "jail", busybox).run().wantError(t, 125, "jail")
+}
