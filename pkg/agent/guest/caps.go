@@ -3,10 +3,12 @@ package guest
 import (
 	"errors"
 	"fmt"
-	"strings"
+	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
 // capSets are a process's capability sets, bit n for capability n.
@@ -18,27 +20,14 @@ type capSets struct {
 	Ambient     uint64 `json:"ambient"`
 }
 
-// capNames are the capabilities of linux/capability.h, by number.
-var capNames = [...]string{
-	"CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-	"LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
-	"SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
-	"SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
-	"MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF",
-	"CHECKPOINT_RESTORE",
-}
-
 func capMask(names []string) (uint64, error) {
 	var mask uint64
-next:
 	for _, name := range names {
-		for n, known := range capNames {
-			if strings.TrimPrefix(name, "CAP_") == known {
-				mask |= 1 << n
-				continue next
-			}
+		n := slices.Index(spec.Capabilities, name)
+		if n < 0 {
+			return 0, fmt.Errorf("capability %q is unknown", name)
 		}
-		return 0, fmt.Errorf("capability %q is unknown", name)
+		mask |= 1 << n
 	}
 	return mask, nil
 }

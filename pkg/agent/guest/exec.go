@@ -175,4 +175,3 @@ func (p *process) resize(rows, columns uint32) error {
 	}
 	return failed
 }
-

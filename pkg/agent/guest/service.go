@@ -173,7 +173,7 @@ func (s *Service) WriteInput(ctx context.Context, r *agentv1.WriteInputRequest) 
 		return nil, err
 	}
 	if p.input == nil {
-		return nil, wrongState("process %q was started without standard input", r.ProcessId)
+		return &agentv1.WriteInputResponse{Closed: true}, nil // it reads /dev/null
 	}
 	accepted, closed, err := p.input.write(ctx, r.Offset, r.Data, r.Eof)
 	if err != nil {
@@ -208,11 +208,12 @@ func (s *Service) Signal(ctx context.Context, r *agentv1.SignalRequest) (*agentv
 	}
 	sig := syscall.Signal(r.Signal)
 	if r.All {
-		err = s.wall.signalAll(sig)
-	} else {
-		err = s.wall.signal(p, sig)
+		if err := s.wall.signalAll(sig); err != nil && !errors.Is(err, unix.ESRCH) {
+			return nil, internal("cannot signal every process: %v", err)
+		}
+		return &agentv1.SignalResponse{}, nil
 	}
-	switch {
+	switch err := s.wall.signal(p, sig); {
 	case errors.Is(err, errEnded), errors.Is(err, unix.ESRCH):
 		return nil, wrongState("process %q has ended", r.ProcessId)
 	case err != nil:

@@ -1,0 +1,125 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// entropyBytes is what a guest kernel's random generator is given: twice its state.
+	entropyBytes = 64
+	// shutdownMargin is what a shutdown may take beyond its grace: killing, and writing the disk back.
+	shutdownMargin = 30 * time.Second
+)
+
+// Configure gives the sandbox its identity: host name, this moment's time, fresh entropy. It comes before everything else.
+func (c *Client) Configure(ctx context.Context, hostname string) (spec.Claims, error) {
+	var claims spec.Claims
+	err := c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		entropy := make([]byte, entropyBytes)
+		rand.Read(entropy) // never fails
+		r, err := agent.Configure(ctx, &agentv1.ConfigureRequest{
+			ProtocolVersion: spec.ProtocolVersion, Hostname: hostname, Now: timestamppb.Now(), Entropy: entropy,
+		})
+		if err != nil {
+			return err
+		}
+		if r.ProtocolVersion != spec.ProtocolVersion {
+			return protocolError("version %d", r.ProtocolVersion)
+		}
+		claims = spec.Claims{
+			AgentVersion: text(r.AgentVersion, maxName), KernelRelease: text(r.KernelRelease, maxName), BootID: text(r.BootId, maxName),
+		}
+		return nil
+	})
+	return claims, err
+}
+
+// CreateContainer has the root, mounts and masks of config made. filter is what oci.CompileSeccomp made of its
+// linux.seccomp, which is not sent.
+func (c *Client) CreateContainer(ctx context.Context, containerID string, config *specs.Spec, filter []byte) error {
+	sent := *config
+	if config.Linux != nil {
+		linux := *config.Linux
+		linux.Seccomp = nil
+		sent.Linux = &linux
+	}
+	encoded, err := json.Marshal(&sent)
+	if err != nil {
+		return fmt.Errorf("cannot encode the container's configuration: %w", err)
+	}
+	return c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		_, err := agent.CreateContainer(ctx, &agentv1.CreateContainerRequest{
+			ContainerId: containerID, OciConfig: encoded, SeccompFilter: filter,
+		})
+		return err
+	})
+}
+
+// Start starts a process. An error of which spec.ReasonOf is ReasonProcessNotFound or ReasonProcessNotExecutable means 127
+// or 126. Starting an id again that already runs answers with that process.
+func (c *Client) Start(ctx context.Context, containerID, processID string, p *specs.Process, stdin bool) (*Process, error) {
+	encoded, err := json.Marshal(p)
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode the process: %w", err)
+	}
+	started := c.Process(processID)
+	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		r, err := agent.Exec(ctx, &agentv1.ExecRequest{ContainerId: containerID, ProcessId: processID, OciProcess: encoded, Stdin: stdin})
+		if err != nil {
+			return err
+		}
+		if r.Failure != nil {
+			return startFailure(r.Failure)
+		}
+		started.PID, err = pidOf(r.Pid)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return started, nil
+}
+
+// Process is a process that was started before, by this client or an earlier daemon's.
+func (c *Client) Process(id string) *Process { return &Process{ID: id, client: c} }
+
+// Stats are what the sandbox's own kernel counts.
+func (c *Client) Stats(ctx context.Context) (spec.Claims, error) {
+	var claims spec.Claims
+	err := c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		r, err := agent.Stats(ctx, &agentv1.StatsRequest{})
+		if err != nil {
+			return err
+		}
+		claims = spec.Claims{
+			MemoryTotalBytes: r.MemoryTotalBytes, MemoryAvailableBytes: r.MemoryAvailableBytes, MemoryCacheBytes: r.MemoryCacheBytes,
+		}
+		return nil
+	})
+	return claims, err
+}
+
+// Shutdown ends every process, SIGTERM first if there is a grace, and then the sandbox. It is no error if the sandbox has
+// ended before it could answer.
+func (c *Client) Shutdown(ctx context.Context, grace time.Duration) error {
+	err := c.call(ctx, grace+shutdownMargin, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		_, err := agent.Shutdown(ctx, &agentv1.ShutdownRequest{GraceMs: uint32(grace.Milliseconds())})
+		return err
+	})
+	select {
+	case <-c.done:
+		return nil
+	default:
+		return err
+	}
+}
