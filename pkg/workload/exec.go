@@ -31,7 +31,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session
 	if err != nil {
 		return nil, err
 	}
-	process, err := oci.ExecProcess(config, p)
+	process, err := oci.ExecProcess(config.Process, p)
 	if err != nil {
 		return nil, err
 	}

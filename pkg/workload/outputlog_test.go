@@ -164,7 +164,9 @@ func TestOutputLogTailOfManyRecords(t *testing.T) {
 func TestOutputLogWakesReaders(t *testing.T) {
 	l, _ := newTestLog(t)
 	_, _, grown := l.end()
-	go appendAll(t, l, "x")
+	if err := l.append(LogEntry{Time: time.Now(), Stream: Stdout, Data: []byte("x")}); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	select {
