@@ -95,6 +95,12 @@ func groupPath(parent, id string) (string, error) {
 	return "/" + strings.Join(parts, "/"), nil
 }
 
+// CheckParent reports whether parent can be given to the other functions.
+func CheckParent(parent string) error {
+	_, err := groupPath(parent, "x")
+	return err
+}
+
 func open(parent, id string) (*Group, error) {
 	path, err := groupPath(parent, id)
 	if err != nil {

@@ -1,9 +1,12 @@
 package disk
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -55,4 +58,58 @@ func AttachLoop(file *os.File, readOnly bool) (*os.File, error) {
 		}
 	}
 	return nil, fmt.Errorf("cannot attach a loop device: lost the race for a free one %d times", loopTries)
+}
+
+const (
+	// detachTimeout bounds WaitDetached: the last writes of a sandbox go to disk meanwhile.
+	detachTimeout = 20 * time.Second
+	// detachPoll paces it; a layer without dirty pages is free in about a millisecond.
+	detachPoll = 500 * time.Microsecond
+)
+
+// WaitDetached waits until no loop device has the file at path behind it any more: the kernel unmounts the file system
+// of a sandbox that ended a moment after its last process.
+func WaitDetached(ctx context.Context, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, detachTimeout)
+	defer cancel()
+	for {
+		loop, err := loopOf(path)
+		if err != nil {
+			return fmt.Errorf("cannot find the loop device of %s: %w", path, err)
+		}
+		if loop == "" {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("cannot wait for %s to leave %s: %w", loop, path, ctx.Err())
+		case <-time.After(detachPoll):
+		}
+	}
+}
+
+// loopOf names the loop device that has the file at path behind it; empty if none has.
+func loopOf(path string) (string, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	// The kernel names the file as it lies now, with links resolved.
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
+		path = filepath.Join(dir, filepath.Base(path))
+	}
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return "", err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			continue // detached meanwhile
+		}
+		if strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), " (deleted)") == path {
+			return filepath.Base(filepath.Dir(filepath.Dir(f))), nil
+		}
+	}
+	return "", nil
 }

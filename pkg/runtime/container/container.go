@@ -1,0 +1,279 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/idrange"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// name is what this runtime calls itself in directories and marks.
+	name = "container"
+	// destroyTimeout bounds tearing one sandbox down; most of it is for the last writes to reach the disk.
+	destroyTimeout = 30 * time.Second
+	// minMemory is what the agent needs to serve at all.
+	minMemory = 16 << 20
+	// agentPids is how many threads the agent may have on top of what the workload may: a Go program has a handful, and one more for each
+	// thread it confines a process on.
+	agentPids = 32
+)
+
+// Config is what a Runtime works with. Every field but Logger must be set.
+type Config struct {
+	// Directories; made if missing.
+	RunDir, StateDir string
+	// The cgroup below which each sandbox gets its own, in every hierarchy: /sandboxd.
+	CgroupParent string
+	// Path of the sandbox-agent binary.
+	Agent  string
+	Disk   *disk.Maker
+	IDs    *idrange.Allocator
+	Logger *zap.Logger
+}
+
+// Runtime builds sandboxes of namespaces. Close it when the daemon ends; its sandboxes go on.
+type Runtime struct {
+	config Config
+	log    *zap.Logger
+	mounts *mounter
+	agent  *agentBinary
+
+	mu        sync.Mutex
+	instances map[string]*instance // those this daemon started or attached to, until they are removed
+}
+
+var (
+	_ runtime.Runtime = (*Runtime)(nil)
+	_ runtime.Prober  = (*Runtime)(nil)
+)
+
+// New makes a Runtime. It touches nothing on the host but its own directory.
+func New(c Config) (*Runtime, error) {
+	for field, missing := range map[string]bool{
+		"RunDir": c.RunDir == "", "StateDir": c.StateDir == "", "CgroupParent": c.CgroupParent == "", "Agent": c.Agent == "", "Disk": c.Disk == nil, "IDs": c.IDs == nil,
+	} {
+		if missing {
+			return nil, fmt.Errorf("cannot make a container runtime: %s is not set", field)
+		}
+	}
+	if err := cgroup.CheckParent(c.CgroupParent); err != nil {
+		return nil, fmt.Errorf("cannot make a container runtime: %w", err)
+	}
+	if c.Logger == nil {
+		c.Logger = zap.NewNop()
+	}
+	for _, dir := range []*string{&c.RunDir, &c.StateDir} {
+		abs, err := filepath.Abs(*dir)
+		if err != nil {
+			return nil, fmt.Errorf("cannot make a container runtime: %w", err)
+		}
+		*dir = abs
+	}
+	r := &Runtime{
+		config: c, log: c.Logger.Named(name),
+		mounts: &mounter{}, agent: &agentBinary{path: c.Agent},
+		instances: map[string]*instance{},
+	}
+	if err := ownDir(r.dir("")); err != nil {
+		return nil, fmt.Errorf("cannot make a container runtime: %w", err)
+	}
+	return r, nil
+}
+
+// Close gives back what the daemon itself holds. Sandboxes go on; instances handed out no longer report their end.
+func (r *Runtime) Close() error {
+	r.mu.Lock()
+	instances := slices.Collect(maps.Values(r.instances))
+	clear(r.instances)
+	r.mu.Unlock()
+	for _, i := range instances {
+		i.forget()
+	}
+	return errors.Join(r.mounts.close(), r.agent.close())
+}
+
+func (r *Runtime) dir(id string) string { return filepath.Join(r.config.RunDir, name, id) }
+
+// idPattern is what an id of a sandbox must be; it becomes part of paths and of mount options.
+var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
+func validID(id string) error {
+	if !idPattern.MatchString(id) {
+		return spec.Invalidf("id", "%q is no sandbox id: it has 32 hexadecimal digits", id)
+	}
+	return nil
+}
+
+func validate(s spec.Sandbox) error {
+	if err := validID(s.ID); err != nil {
+		return err
+	}
+	switch {
+	case !filepath.IsAbs(s.ImagePath):
+		return spec.Invalidf("image_path", "image path %q is not absolute", s.ImagePath)
+	case s.Network != "" && s.Network != "none":
+		return spec.Errorf(spec.KindUnsupported, "network %q is not available to containers; use none", s.Network)
+	case s.Resources.CPUMillis == 0:
+		return spec.Invalidf("spec.resources.cpu_millis", "a sandbox needs a processor limit")
+	case s.Resources.MemoryBytes < minMemory:
+		return spec.Invalidf("spec.resources.memory_bytes", "a sandbox needs at least %d bytes of memory", uint64(minMemory))
+	case s.Resources.Pids == 0:
+		return spec.Invalidf("spec.resources.pids", "a sandbox needs a process limit")
+	case s.Resources.DiskBytes < disk.MinSize:
+		return spec.Invalidf("spec.resources.disk_bytes", "a sandbox needs a writable layer of at least %d bytes", uint64(disk.MinSize))
+	}
+	return nil
+}
+
+// Attach finds a sandbox that an earlier daemon, or an earlier call, started.
+func (r *Runtime) Attach(_ context.Context, id string) (runtime.Instance, error) {
+	if err := validID(id); err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if i, ok := r.instances[id]; ok {
+		if i.running() {
+			return i, nil
+		}
+		return nil, runtime.ErrNotRunning
+	}
+	rec, err := readRecord(r.dir(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, runtime.ErrNotRunning
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
+	}
+	if !rec.Ready {
+		return nil, runtime.ErrNotRunning // the daemon died while it made it
+	}
+	pidfd, err := openProcess(rec.PID, rec.StartTime)
+	if errors.Is(err, errProcessGone) {
+		return nil, runtime.ErrNotRunning
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
+	}
+	group, err := cgroup.Load(rec.CgroupParent, id)
+	if err != nil {
+		_ = pidfd.Close() // nothing was done with it
+		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
+	}
+	i := r.newInstance(rec, pidfd, group, nil, nil)
+	r.instances[id] = i
+	return i, nil
+}
+
+// Remove deletes everything of a sandbox.
+func (r *Runtime) Remove(ctx context.Context, id string) error {
+	if err := validID(id); err != nil {
+		return err
+	}
+	return r.destroy(ctx, id, true)
+}
+
+// Release deletes everything of a sandbox but its writable layer.
+func (r *Runtime) Release(ctx context.Context, id string) error {
+	if err := validID(id); err != nil {
+		return err
+	}
+	return r.destroy(ctx, id, false)
+}
+
+// List names the sandboxes with a run directory or a writable layer: Remove deletes these two last.
+func (r *Runtime) List(context.Context) ([]string, error) {
+	entries, err := os.ReadDir(r.dir(""))
+	if err != nil {
+		return nil, fmt.Errorf("cannot list sandboxes: %w", err)
+	}
+	ids, err := disk.Layers(r.config.StateDir, name)
+	if err != nil {
+		return nil, fmt.Errorf("cannot list sandboxes: %w", err)
+	}
+	for _, e := range entries {
+		ids = append(ids, e.Name())
+	}
+	ids = slices.DeleteFunc(ids, func(id string) bool { return validID(id) != nil })
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
+// destroy is the one way a sandbox ends: after Remove and Release, after a Start that failed, and after a daemon that
+// died. Each step works whether or not the thing exists; the record goes last, so that a destroy that failed is found.
+func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
+	// A teardown that began is finished, whoever stops waiting for it.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTimeout)
+	defer cancel()
+	parent := r.config.CgroupParent
+	rec, err := readRecord(r.dir(id))
+	switch {
+	case err == nil:
+		parent = rec.CgroupParent
+	case !errors.Is(err, fs.ErrNotExist):
+		// Half a record cannot be: it is written whole. Go on with what the configuration says.
+		r.log.Warn("cannot read a sandbox's record", zap.String("sandbox", id), zap.Error(err))
+	}
+	if err := killGroup(ctx, parent, id); err != nil {
+		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+	}
+	if i := r.takeInstance(id); i != nil {
+		if err := i.reap(ctx); err != nil {
+			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+		}
+	}
+	path := disk.LayerPath(r.config.StateDir, id)
+	// The last reference to the root file system is dropped a moment after the last process is gone. Until then the
+	// layer is mounted, and must be neither mounted again nor be taken for deleted.
+	if err := disk.WaitDetached(ctx, path); err != nil {
+		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+	}
+	if err := r.config.IDs.Release(id); err != nil {
+		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+	}
+	if layer {
+		if err := disk.RemoveLayer(r.config.StateDir, id); err != nil {
+			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+		}
+	}
+	if err := os.RemoveAll(r.dir(id)); err != nil {
+		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+	}
+	return nil
+}
+
+// killGroup ends every process of a sandbox and deletes its cgroup.
+func killGroup(ctx context.Context, parent, id string) error {
+	group, err := cgroup.Load(parent, id)
+	if err != nil {
+		if spec.KindOf(err) == spec.KindNotFound {
+			return nil
+		}
+		return err
+	}
+	return group.Delete(ctx)
+}
+
+func (r *Runtime) takeInstance(id string) *instance {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i := r.instances[id]
+	delete(r.instances, id)
+	return i
+}

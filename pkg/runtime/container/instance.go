@@ -1,0 +1,134 @@
+package container
+
+import (
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// instance is a running sandbox. Its watch goroutine belongs to it: it ends with the agent's process, or when forget
+// closes the pidfd.
+type instance struct {
+	r       *Runtime
+	rec     record
+	group   *cgroup.Group
+	pidfd   *os.File
+	crash   *os.File // nil after a restart of the daemon
+	image   *image   // nil after a restart of the daemon
+	done    chan struct{}
+	watched sync.WaitGroup
+}
+
+var _ runtime.Instance = (*instance)(nil)
+
+// newInstance watches a booted agent. It takes over pidfd, crash and the use of img.
+func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, crash *os.File, img *image) *instance {
+	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, crash: crash, image: img, done: make(chan struct{})}
+	i.watched.Go(i.watch)
+	return i
+}
+
+func (i *instance) watch() {
+	gone := waitProcess(i.pidfd)
+	if i.image != nil {
+		if err := i.r.mounts.do(func() error { return i.r.mounts.leaveImage(i.image) }); err != nil {
+			i.r.log.Error("cannot unmount an image", zap.String("sandbox", i.rec.ID), zap.Error(err))
+		}
+	}
+	if i.crash != nil {
+		if said := crashText(i.crash, 4096); said != "" { //nolint:mnd // enough to see where a Go program died
+			i.r.log.Warn("agent wrote to its standard error", zap.String("sandbox", i.rec.ID), zap.ByteString("stderr", []byte(said)))
+		}
+		_ = i.crash.Close()
+	}
+	if gone {
+		// PID 1 ends last: the kernel has killed and reaped the rest of its namespace before.
+		close(i.done)
+	}
+}
+
+// forget stops watching; the sandbox goes on.
+func (i *instance) forget() {
+	_ = i.pidfd.Close()
+	i.watched.Wait()
+}
+
+// reap waits until the killed agent has been reaped.
+func (i *instance) reap(ctx context.Context) error {
+	if err := waitClosed(ctx, i.done); err != nil {
+		return err
+	}
+	i.forget()
+	return nil
+}
+
+func (i *instance) running() bool {
+	select {
+	case <-i.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// Dial connects to the agent's socket, whose path may be longer than a socket address.
+func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
+	if !i.running() {
+		return nil, runtime.ErrNotRunning
+	}
+	dir, err := os.OpenFile(i.r.dir(i.rec.ID), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		if !i.running() || os.IsNotExist(err) {
+			return nil, runtime.ErrNotRunning
+		}
+		return nil, spec.Errorf(spec.KindInternal, "cannot dial the agent: %w", err)
+	}
+	defer dir.Close() //nolint:errcheck // a path descriptor
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", filepath.Join(fdPath(dir), socketFile))
+	if err != nil {
+		if !i.running() || ended(i.pidfd) {
+			return nil, runtime.ErrNotRunning
+		}
+		return nil, spec.Errorf(spec.KindUnavailable, "cannot dial the agent: %w", err)
+	}
+	return conn, nil
+}
+
+func (i *instance) Kill() error { return i.group.Kill() }
+
+func (i *instance) Done() <-chan struct{} { return i.done }
+
+// Usage counts the agent in, but not in the limits: those are the workload's.
+func (i *instance) Usage() (spec.Usage, error) {
+	if !i.running() {
+		return spec.Usage{}, runtime.ErrNotRunning
+	}
+	u, err := i.group.Usage()
+	if err != nil {
+		if !i.running() || ended(i.pidfd) {
+			return spec.Usage{}, runtime.ErrNotRunning
+		}
+		return spec.Usage{}, err
+	}
+	u.PidsLimit = uint64(i.rec.PidsLimit)
+	u.DiskBytes, u.DiskLimitBytes, err = disk.Usage(disk.LayerPath(i.r.config.StateDir, i.rec.ID))
+	if err != nil {
+		return spec.Usage{}, err
+	}
+	return u, nil
+}
+
+func (i *instance) Facts() runtime.Facts {
+	return runtime.Facts{HostPID: i.rec.PID, AgentTransport: "unix"}
+}

@@ -1,0 +1,97 @@
+package container
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	recordFile = "record.json"
+	// maxRecord bounds what is read of a record: they are a few hundred bytes.
+	maxRecord = 64 << 10
+)
+
+// record is what the next daemon must know of a sandbox. It is written before anything else is made, and again, with
+// Ready, when the agent serves. It need not outlive the host, and neither does what it speaks of: it is not synced.
+type record struct {
+	Version int    `json:"version"`
+	ID      string `json:"id"`
+	// Where the cgroup is, whatever the next daemon is configured with.
+	CgroupParent string `json:"cgroupParent"`
+	DiskBytes    uint64 `json:"diskBytes"`
+	PidsLimit    uint32 `json:"pidsLimit"`
+	// The agent's answer was seen. Below it: the agent's process, as /proc identifies it.
+	Ready     bool   `json:"ready,omitempty"`
+	PID       int    `json:"pid,omitempty"`
+	StartTime uint64 `json:"startTime,omitempty"`
+}
+
+const recordVersion = 1
+
+// writeRecord replaces a record in one step: a reader sees the old one or the new one.
+func writeRecord(dir string, r record) error {
+	r.Version = recordVersion
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("cannot encode a record: %w", err)
+	}
+	tmp := filepath.Join(dir, recordFile+".tmp")
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return fmt.Errorf("cannot write a record: %w", err)
+	}
+	if err := os.Rename(tmp, filepath.Join(dir, recordFile)); err != nil {
+		return fmt.Errorf("cannot write a record: %w", err)
+	}
+	return nil
+}
+
+func readRecord(dir string) (record, error) {
+	f, err := os.OpenFile(filepath.Join(dir, recordFile), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return record{}, fmt.Errorf("cannot read a record: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // only read
+	b, err := io.ReadAll(io.LimitReader(f, maxRecord))
+	if err != nil {
+		return record{}, fmt.Errorf("cannot read a record: %w", err)
+	}
+	var r record
+	if err := json.Unmarshal(b, &r); err != nil {
+		return record{}, fmt.Errorf("cannot decode the record in %s: %w", dir, err)
+	}
+	if r.Version != recordVersion {
+		return record{}, fmt.Errorf("cannot use the record in %s: its version is %d, not %d; stop its sandbox with the daemon that made it", dir, r.Version, recordVersion)
+	}
+	return r, nil
+}
+
+// ownDir makes a directory that only root enters, parents included, and refuses one that is somebody else's or a link.
+func ownDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("cannot make a directory: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return fmt.Errorf("cannot examine %s: %w", dir, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() || st.Mode&0o022 != 0 {
+		return fmt.Errorf("cannot use %s: it must be a directory of uid %d that nobody else writes to", dir, os.Geteuid())
+	}
+	return nil
+}
+
+// newDir makes a directory that must not exist.
+func newDir(dir string) error {
+	err := os.Mkdir(dir, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s exists already: %w", dir, err)
+	}
+	return err
+}

@@ -1,0 +1,236 @@
+package container
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/idrange"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+const (
+	// bootTimeout bounds how long an agent may take from its first instruction to its answer; it takes milliseconds, and
+	// seconds on a host that is out of memory.
+	bootTimeout = 20 * time.Second
+	// maxBootResult bounds the agent's answer.
+	maxBootResult = 4096
+	// crashLogSize is how much of an agent's standard error is kept: the head of a Go crash.
+	crashLogSize = 64 << 10
+	// backlog of the agent's socket: connections of the daemon that it has not accepted yet.
+	backlog = 128
+
+	socketFile = "agent.sock"
+)
+
+// namespaces of a sandbox, and what each keeps apart. The cgroup namespace is made after the child is in its cgroup
+// (Unshareflags), or its root would be the daemon's.
+const namespaces = unix.CLONE_NEWUSER | // ids and capabilities
+	unix.CLONE_NEWPID | // processes: when PID 1 ends, the kernel ends them all
+	unix.CLONE_NEWNS | // mounts
+	unix.CLONE_NEWNET | // network: only loopback
+	unix.CLONE_NEWIPC | // System V IPC, POSIX message queues
+	unix.CLONE_NEWUTS // host name
+
+// agentProcess is an agent that was forked and has not been told its sandbox yet.
+type agentProcess struct {
+	pid   int
+	pidfd *os.File
+	// The daemon's end of the boot socket.
+	boot *net.UnixConn
+	// What the agent writes to standard error: a memory file that cannot grow, so that an agent taken over cannot fill
+	// the host's disk.
+	crash *os.File
+}
+
+// spawn forks the agent as PID 1 of new namespaces, in its cgroup from its clone on.
+func spawn(program *os.File, group *cgroup.Group, base uint32) (*agentProcess, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close() //nolint:errcheck // nothing is written to it
+	ours, theirs, err := bootSocket()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close() //nolint:errcheck // the child's
+	crash, err := boundedFile("agent-stderr", crashLogSize)
+	if err != nil {
+		_ = ours.Close() // nothing was sent
+		return nil, err
+	}
+	p := &agentProcess{boot: ours, crash: crash}
+	pidfd := -1
+	err = group.Start(func(attr *syscall.SysProcAttr) error {
+		ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: int(base), Size: idrange.Size}}
+		attr.Cloneflags = namespaces
+		attr.Unshareflags = unix.CLONE_NEWCGROUP
+		attr.UidMappings, attr.GidMappings = ids, ids
+		attr.GidMappingsEnableSetgroups = true // else the child keeps the daemon's groups
+		// Without it the child stays the host's uid 0, unmapped, and loses its capabilities at exec.
+		attr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
+		attr.PidFD = &pidfd
+		attr.Setsid = true // signals from the daemon's terminal are not the sandbox's
+		var err error
+		p.pid, err = syscall.ForkExec(fdPath(program), []string{"sandbox-agent", name}, &syscall.ProcAttr{
+			Dir:   "/",
+			Env:   []string{},
+			Files: []uintptr{null.Fd(), null.Fd(), crash.Fd(), theirs.Fd()},
+			Sys:   attr,
+		})
+		return err
+	})
+	if err != nil {
+		_ = errors.Join(ours.Close(), crash.Close()) // nothing was sent
+		return nil, fmt.Errorf("cannot start the agent in new namespaces: %w", err)
+	}
+	if pidfd < 0 { // the kernel is too old for CLONE_PIDFD, or refuses it: never on those sandboxd supports
+		err = errors.New("cannot watch the agent: the kernel gave no pidfd")
+	} else if err = unix.SetNonblock(pidfd, true); err == nil { // lets the Go runtime's poller wait for it
+		p.pidfd = os.NewFile(uintptr(pidfd), "pidfd:"+strconv.Itoa(p.pid))
+		return p, nil
+	}
+	_ = unix.Kill(p.pid, unix.SIGKILL) // our child, not reaped: the number is its own
+	_, _ = unix.Wait4(p.pid, nil, 0, nil)
+	_ = errors.Join(ours.Close(), crash.Close())
+	return nil, err
+}
+
+// bootSocket is a pair of message sockets: the daemon's end, and the agent's.
+func bootSocket() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot make a boot socket: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "boot"), os.NewFile(uintptr(fds[1]), "boot")
+	defer ours.Close() //nolint:errcheck // FileConn has its own copy
+	conn, err := net.FileConn(ours)
+	if err != nil {
+		_ = theirs.Close() // nothing was sent
+		return nil, nil, fmt.Errorf("cannot make a boot socket: %w", err)
+	}
+	return conn.(*net.UnixConn), theirs, nil
+}
+
+// boundedFile is a memory file that can be written to, but never past size.
+func boundedFile(label string, size int64) (*os.File, error) {
+	const flags = unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
+	fd, err := unix.MemfdCreate(label, flags|unix.MFD_NOEXEC_SEAL)
+	if errors.Is(err, unix.EINVAL) { // before 6.3
+		fd, err = unix.MemfdCreate(label, flags)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a memory file: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memfd:"+label)
+	err = f.Truncate(size)
+	if err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
+		_ = f.Close() // nothing was written
+		return nil, fmt.Errorf("cannot bound a memory file: %w", err)
+	}
+	return f, nil
+}
+
+// listen makes the socket that the agent will serve. It is bound through a descriptor of its directory: a socket's path
+// has only 108 bytes.
+func listen(dir string) (*os.File, error) {
+	d, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the run directory: %w", err)
+	}
+	defer d.Close() //nolint:errcheck // a path descriptor
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make the agent's socket: %w", err)
+	}
+	s := os.NewFile(uintptr(fd), socketFile)
+	err = unix.Bind(fd, &unix.SockaddrUnix{Name: filepath.Join(fdPath(d), socketFile)})
+	if err == nil {
+		err = unix.Listen(fd, backlog)
+	}
+	if err != nil {
+		_ = s.Close() // nothing was sent
+		return nil, fmt.Errorf("cannot bind the agent's socket: %w", err)
+	}
+	return s, nil
+}
+
+// introduce tells the agent its sandbox and waits for its answer.
+func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File) error {
+	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = p.boot.SetDeadline(time.Unix(1, 0)) }) // wakes both calls below
+	defer stop()
+	msg, err := json.Marshal(spec.ContainerBoot{Version: spec.ProtocolVersion})
+	if err != nil {
+		return fmt.Errorf("cannot encode the boot message: %w", err)
+	}
+	if _, _, err := p.boot.WriteMsgUnix(msg, unix.UnixRights(int(root.Fd()), int(listener.Fd())), nil); err != nil {
+		return p.explain(ctx, "cannot send the boot message", err)
+	}
+	buf := make([]byte, maxBootResult)
+	n, err := p.boot.Read(buf)
+	if err != nil || n == 0 {
+		return p.explain(ctx, "cannot read the agent's answer", err)
+	}
+	var result spec.BootResult
+	if err := json.Unmarshal(buf[:n], &result); err != nil {
+		return p.explain(ctx, "cannot decode the agent's answer", err)
+	}
+	if result.Error != "" {
+		return p.explain(ctx, "agent refused its sandbox", errors.New(result.Error))
+	}
+	return nil
+}
+
+// explain adds what the agent left on its standard error, and the reason when time was up.
+func (p *agentProcess) explain(ctx context.Context, what string, err error) error {
+	if err == nil || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, io.EOF) {
+		err = errors.New("agent has ended")
+	}
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	const shown = 2048
+	if said := crashText(p.crash, shown); said != "" {
+		return fmt.Errorf("%s: %w; it said %q", what, err, said)
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// crashText is the beginning of what an agent wrote to standard error.
+func crashText(f *os.File, limit int) string {
+	buf := make([]byte, limit)
+	n, _ := f.ReadAt(buf, 0) // nothing to read is nothing to say
+	for n > 0 && buf[n-1] == 0 {
+		n--
+	}
+	return string(buf[:n])
+}
+
+// abandon ends an agent that never got its sandbox, and reaps it.
+func (p *agentProcess) abandon() {
+	_ = p.boot.Close()
+	_ = p.crash.Close()
+	if p.pidfd == nil {
+		return
+	}
+	_ = unix.Kill(p.pid, unix.SIGKILL) // our child, not reaped: the number is its own
+	waitProcess(p.pidfd)
+	_ = p.pidfd.Close()
+}
