@@ -1,0 +1,187 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/pflag"
+	"go.yaml.in/yaml/v3"
+)
+
+// maxConfigBytes bounds the config file: more is a mistake.
+const maxConfigBytes = 1 << 20
+
+// config is what the daemon is told, by flags or by the file of --config, whose keys are the flags' names.
+type config struct {
+	configFile  string
+	listen      string
+	socketGroup string
+	stateDir    string
+	runDir      string
+	idDir       string
+	policy      string
+	vmAccel     string
+	vmKernel    string
+	agent       string
+	vsockHelper string
+	cgroup      string
+	logLevel    string
+	logFormat   string
+	version     bool
+	help        bool
+}
+
+// notInFile are flags that make no sense as keys of the config file.
+var notInFile = []string{"config", "version", "help"}
+
+func (c *config) flags() *pflag.FlagSet {
+	f := pflag.NewFlagSet("sandboxd", pflag.ContinueOnError)
+	f.SortFlags = false
+	f.StringVar(&c.configFile, "config", "", "YAML file whose keys are the names of these flags; a flag that is given wins")
+	f.StringVar(&c.listen, "listen", "unix:///run/sandboxd/sandboxd.sock", "socket to answer on; one passed by systemd wins")
+	f.StringVar(&c.socketGroup, "socket-group", "", "group whose members may call the daemon, besides root")
+	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sandboxd", "directory of images, records, logs and writable layers")
+	f.StringVar(&c.runDir, "run-dir", "/run/sandboxd", "directory of what does not outlive a boot")
+	f.StringVar(&c.idDir, "id-dir", "/var/lib/sandboxd/ids", "directory in which all daemons of this host share out user ids")
+	f.StringVar(&c.policy, "policy", "", "policy file; without one callers choose the isolation, and auto means vm")
+	f.StringVar(&c.vmAccel, "vm-accel", "kvm", "how VMs run: kvm, tcg (software emulation, for development), or auto (kvm where it works)")
+	f.StringVar(&c.vmKernel, "vm-kernel", "", "guest kernel, a vmlinuz; searched for when empty")
+	f.StringVar(&c.agent, "agent", "", "path of sandbox-agent (default: beside this program, else in "+libexec+")")
+	f.StringVar(&c.vsockHelper, "vsock-helper", "", "path of sandbox-vsock (default: beside this program, else in "+libexec+")")
+	f.StringVar(&c.cgroup, "cgroup-parent", "sandboxd", "cgroup below which every sandbox has its own")
+	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
+	f.BoolVar(&c.version, "version", false, "print the version and exit")
+	f.BoolVarP(&c.help, "help", "h", false, "print this and exit")
+	return f
+}
+
+// parseConfig reads the command line and then, below it, the config file.
+func parseConfig(args []string) (config, *pflag.FlagSet, error) {
+	var c config
+	f := c.flags()
+	if err := f.Parse(args); err != nil {
+		return c, f, err
+	}
+	if f.NArg() > 0 {
+		return c, f, fmt.Errorf("cannot use argument %q: sandboxd takes only flags; see sandboxd --help", f.Arg(0))
+	}
+	if c.configFile != "" {
+		if err := readConfigFile(c.configFile, f); err != nil {
+			return c, f, err
+		}
+	}
+	return c, f, c.check()
+}
+
+// readConfigFile sets each flag that the file names and the command line did not.
+func readConfigFile(path string, f *pflag.FlagSet) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("cannot read config file: %w", err)
+	}
+	defer file.Close()
+	source, err := io.ReadAll(io.LimitReader(file, maxConfigBytes+1))
+	if err != nil {
+		return fmt.Errorf("cannot read config file: %w", err)
+	}
+	if len(source) > maxConfigBytes {
+		return fmt.Errorf("cannot read config file %s: it is larger than %d bytes", path, maxConfigBytes)
+	}
+	var values map[string]yaml.Node
+	if err := yaml.Unmarshal(source, &values); err != nil {
+		return fmt.Errorf("cannot read config file %s: %w", path, err)
+	}
+	for _, key := range slices.Sorted(maps.Keys(values)) {
+		node := values[key]
+		flag := f.Lookup(key)
+		switch {
+		case flag == nil || slices.Contains(notInFile, key):
+			return fmt.Errorf("cannot use config file %s: line %d: unknown key %q; the keys are the flags of sandboxd --help", path, node.Line, key)
+		case node.Kind != yaml.ScalarNode || node.Tag == "!!null":
+			return fmt.Errorf("cannot use config file %s: line %d: %s must have one plain value", path, node.Line, key)
+		case flag.Changed:
+			continue
+		}
+		// Not FlagSet.Set: that would mark the flag as given on the command line.
+		if err := flag.Value.Set(node.Value); err != nil {
+			return fmt.Errorf("cannot use config file %s: line %d: %s: %w", path, node.Line, key, err)
+		}
+	}
+	return nil
+}
+
+func (c *config) check() error {
+	if _, err := c.socketPath(); err != nil {
+		return err
+	}
+	for _, dir := range []struct{ flag, path string }{{"state-dir", c.stateDir}, {"run-dir", c.runDir}, {"id-dir", c.idDir}} {
+		if !filepath.IsAbs(dir.path) {
+			return fmt.Errorf("cannot use --%s %q: give an absolute path", dir.flag, dir.path)
+		}
+	}
+	if !slices.Contains([]string{"kvm", "auto", "tcg"}, c.vmAccel) {
+		return fmt.Errorf("cannot use --vm-accel %q: it is kvm, auto or tcg", c.vmAccel)
+	}
+	if !slices.Contains([]string{"console", "json"}, c.logFormat) {
+		return fmt.Errorf("cannot use --log-format %q: it is console or json", c.logFormat)
+	}
+	if c.cgroup == "" || strings.Contains(c.cgroup, "..") || strings.HasPrefix(c.cgroup, "/") {
+		return fmt.Errorf("cannot use --cgroup-parent %q: give a name or a relative path without ..", c.cgroup)
+	}
+	return nil
+}
+
+// maxSocketPath is what a sockaddr_un holds, its final NUL counted.
+const maxSocketPath = 107
+
+func (c *config) socketPath() (string, error) {
+	path, ok := strings.CutPrefix(c.listen, "unix://")
+	if !ok || !filepath.IsAbs(path) {
+		return "", fmt.Errorf("cannot listen on %q: give an address such as unix:///run/sandboxd/sandboxd.sock", c.listen)
+	}
+	if len(path) > maxSocketPath {
+		return "", fmt.Errorf("cannot listen on %q: the kernel allows socket paths of at most %d bytes", c.listen, maxSocketPath)
+	}
+	return path, nil
+}
+
+// libexec is where packages put the programs that people do not call.
+const libexec = "/usr/libexec/sandboxd"
+
+// program is the path of a program of this project: as given, beside this one, or in libexec.
+func program(flag, given, name string) (string, error) {
+	if given != "" {
+		if err := executable(given); err != nil {
+			return "", fmt.Errorf("cannot use --%s: %w", flag, err)
+		}
+		return filepath.Abs(given)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("cannot find this program: %w", err)
+	}
+	for _, dir := range []string{filepath.Dir(self), libexec} {
+		if path := filepath.Join(dir, name); executable(path) == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("cannot find %s beside %s or in %s: install it there or name it with --%s", name, self, libexec, flag)
+}
+
+func executable(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0 {
+		return errors.New(path + " is not an executable file")
+	}
+	return nil
+}

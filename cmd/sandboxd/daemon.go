@@ -1,0 +1,186 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/idrange"
+	"github.com/sandboxd/sandboxd/pkg/image"
+	"github.com/sandboxd/sandboxd/pkg/policy"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/runtime/container"
+	"github.com/sandboxd/sandboxd/pkg/runtime/microvm"
+	"github.com/sandboxd/sandboxd/pkg/server"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/workload"
+)
+
+// daemon is everything that runs, put together.
+type daemon struct {
+	listener net.Listener
+	socket   string
+	server   *server.Server
+	// What to do when it ends, or when its start fails: the last one first.
+	undo []func() error
+}
+
+func (d *daemon) close() error {
+	var errs []error
+	for _, fn := range slices.Backward(d.undo) {
+		errs = append(errs, fn())
+	}
+	return errors.Join(errs...)
+}
+
+func (d *daemon) onClose(fn func() error) { d.undo = append(d.undo, fn) }
+
+// start builds the daemon, brings its records back to the truth and opens its socket; Serve makes it answer.
+func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error) {
+	d := &daemon{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.close())
+		}
+	}()
+	if err := d.takeDirs(c); err != nil {
+		return nil, err
+	}
+	rules, err := loadPolicy(c.policy)
+	if err != nil {
+		return nil, err
+	}
+	socket, err := c.socketPath()
+	if err != nil {
+		return nil, err
+	}
+	// Before recovery, so that callers of a restarted daemon wait for it instead of being refused.
+	if d.listener, d.socket, err = listen(socket, c.socketGroup); err != nil {
+		return nil, err
+	}
+	d.onClose(d.closeListener)
+
+	runtimes, err := newRuntimes(c, log)
+	if err != nil {
+		return nil, err
+	}
+	images, err := image.Open(filepath.Join(c.stateDir, "images"), log.Named("image"))
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(images.Close)
+
+	probing, stopProbing := context.WithCancel(ctx)
+	facts, probed := hostFacts(probing, log, runtimes)
+	d.onClose(func() error { stopProbing(); probed(); return nil })
+
+	manager, err := workload.New(workload.Config{
+		StateDir: c.stateDir, Log: log.Named("workload"),
+		Images: images, Policy: rules, Runtimes: runtimes, Host: facts,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(manager.Close)
+	if err := manager.Recover(ctx); err != nil {
+		return nil, fmt.Errorf("cannot recover workloads: %w", err)
+	}
+
+	d.server, err = server.New(server.Config{
+		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes,
+		Host: server.Host{
+			Version: spec.Version, Commit: spec.Commit, StateDir: c.stateDir, RunDir: c.runDir,
+			Socket: d.socket, CgroupMode: cgroup.Mode(), PolicyFile: c.policy,
+		},
+	})
+	return d, err
+}
+
+// closeListener: the server has closed it already, unless the start failed before.
+func (d *daemon) closeListener() error {
+	if err := d.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// takeDirs makes the daemon's directories and claims those that two daemons must not share.
+func (d *daemon) takeDirs(c config) error {
+	for _, dir := range []struct {
+		path  string
+		alone bool
+	}{
+		{c.stateDir, true},
+		{c.runDir, true},
+		// Shared by design.
+		{c.idDir, false},
+	} {
+		if err := makeDir(dir.path); err != nil {
+			return err
+		}
+		if !dir.alone {
+			continue
+		}
+		lock, err := lockDir(dir.path)
+		if err != nil {
+			return err
+		}
+		d.onClose(lock.Close)
+	}
+	return nil
+}
+
+func loadPolicy(path string) (*policy.Policy, error) {
+	if path == "" {
+		return policy.None(), nil
+	}
+	source, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read policy: %w", err)
+	}
+	return policy.Load(source, path)
+}
+
+// newRuntimes is where the daemon learns which walls there are.
+func newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime, error) {
+	agent, err := program("agent", c.agent, "sandbox-agent")
+	if err != nil {
+		return nil, err
+	}
+	helper, err := program("vsock-helper", c.vsockHelper, "sandbox-vsock")
+	if err != nil {
+		return nil, err
+	}
+	ids, err := idrange.Open(c.idDir)
+	if err != nil {
+		return nil, err
+	}
+	disks := disk.NewMaker(filepath.Join(c.stateDir, "disk-templates"))
+	containers, err := container.New(container.Config{
+		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
+		Logger: log.Named("container"), Disk: disks, IDs: ids,
+	})
+	if err != nil {
+		return nil, err
+	}
+	vms, err := microvm.New(microvm.Config{
+		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
+		Logger: log.Named("microvm"), Disk: disks, IDs: ids,
+		Kernel: c.vmKernel, Accel: c.vmAccel, VsockHelper: helper,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return map[spec.Isolation]runtime.Runtime{
+		spec.IsolationContainer: containers,
+		spec.IsolationVM:        vms,
+	}, nil
+}

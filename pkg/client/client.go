@@ -1,0 +1,91 @@
+// Package client is how other programs use sandboxd: a connection, thin helpers for the calls that stream, and errors
+// with the reasons programs act on. It knows the API and nothing of the daemon.
+//
+//	c, err := client.Dial(client.DefaultAddress)
+//	...
+//	defer c.Close()
+//	exit, err := c.Run(ctx, &sandboxdv1.CreateWorkloadRequest{
+//		Spec: &sandboxdv1.WorkloadSpec{
+//			Image: "debian", Isolation: sandboxdv1.Isolation_ISOLATION_AUTO,
+//			Process: &sandboxdv1.ProcessSpec{Command: []string{"uname", "-r"}},
+//		},
+//	}, client.RunOptions{Stdio: client.Stdio{Stdout: os.Stdout, Stderr: os.Stderr}, Remove: true})
+//
+// Every call is bounded by its context alone; calls without a streaming helper are made on the generated clients that
+// Client holds.
+package client
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+
+	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
+)
+
+const (
+	// DefaultAddress is where sandboxd listens unless told otherwise.
+	DefaultAddress = "unix:///run/sandboxd/sandboxd.sock"
+
+	// maxAnswerBytes bounds one message of the daemon; its largest are pages of workloads, cut at 16 MiB.
+	maxAnswerBytes = 64 << 20
+	// windowBytes is how much of one stream may be under way before its reader has to read.
+	windowBytes = 512 << 10
+	// pieceBytes is the size of the pieces in which bytes are sent; the API allows 1 MiB.
+	pieceBytes = 256 << 10
+	// keepaliveIdle and keepaliveTimeout find a daemon that hangs: it is asked after so long a silence during a call,
+	// and given so long to answer.
+	keepaliveIdle    = 30 * time.Second
+	keepaliveTimeout = 30 * time.Second
+)
+
+// Client is a connection to one daemon. It may be used by many goroutines at once.
+type Client struct {
+	Workloads sandboxdv1.WorkloadServiceClient
+	Images    sandboxdv1.ImageServiceClient
+	Policy    sandboxdv1.PolicyServiceClient
+	System    sandboxdv1.SystemServiceClient
+
+	conn *grpc.ClientConn
+}
+
+// Dial makes a client for a daemon at an address such as unix:///run/sandboxd/sandboxd.sock. It does not connect yet:
+// the first call does, and its error tells when nobody is there.
+func Dial(address string) (*Client, error) {
+	path, ok := strings.CutPrefix(address, "unix://")
+	if !ok || !strings.HasPrefix(path, "/") {
+		return nil, fmt.Errorf("cannot use address %q: it must look like %s", address, DefaultAddress)
+	}
+	wrap := &errorWrapper{address: address}
+	conn, err := grpc.NewClient("unix://"+path,
+		// The socket's mode says who may connect, and the daemon asks the kernel who did: there is nothing to encrypt.
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(wrap.unary),
+		grpc.WithStreamInterceptor(wrap.stream),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswerBytes)),
+		grpc.WithInitialWindowSize(windowBytes),
+		grpc.WithInitialConnWindowSize(windowBytes),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveIdle, Timeout: keepaliveTimeout}),
+		grpc.WithNoProxy(),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use address %q: %w", address, err)
+	}
+	return &Client{
+		Workloads: sandboxdv1.NewWorkloadServiceClient(conn),
+		Images:    sandboxdv1.NewImageServiceClient(conn),
+		Policy:    sandboxdv1.NewPolicyServiceClient(conn),
+		System:    sandboxdv1.NewSystemServiceClient(conn),
+		conn:      conn,
+	}, nil
+}
+
+// Close ends the connection and every call on it.
+func (c *Client) Close() error { return c.conn.Close() }
+
+// Conn is the connection, for gRPC services beside sandboxd's own, such as health.
+func (c *Client) Conn() *grpc.ClientConn { return c.conn }
