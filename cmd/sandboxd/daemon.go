@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"go.uber.org/zap"
 
@@ -78,13 +79,10 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	}
 	d.onClose(images.Close)
 
-	probing, stopProbing := context.WithCancel(ctx)
-	facts, probed := hostFacts(probing, log, runtimes)
-	d.onClose(func() error { stopProbing(); probed(); return nil })
-
+	host := newHostFacts(ctx, log, runtimes)
 	manager, err := workload.New(workload.Config{
 		StateDir: c.stateDir, Log: log.Named("workload"),
-		Images: images, Policy: rules, Runtimes: runtimes, Host: facts,
+		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts,
 	})
 	if err != nil {
 		return nil, err
@@ -93,6 +91,11 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	if err := manager.Recover(ctx); err != nil {
 		return nil, fmt.Errorf("cannot recover workloads: %w", err)
 	}
+	// Not before: recovery removes every sandbox without a record, and a probe's trial is one. The first workload then
+	// finds the answer ready, or waits for the rest of the look.
+	var looking sync.WaitGroup
+	looking.Go(func() { host.facts() })
+	d.onClose(func() error { looking.Wait(); return nil })
 
 	d.server, err = server.New(server.Config{
 		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes,

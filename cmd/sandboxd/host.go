@@ -13,39 +13,72 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-// probeTimeout bounds the look at what the host can do; to see whether a guest boots takes longest.
-const probeTimeout = 2 * time.Minute
+const (
+	// probeTimeout bounds the look at what the host can do; to see whether a guest boots takes longest.
+	probeTimeout = 2 * time.Minute
+	// probeAgain is how long a no stands before it is looked at again: whoever installs what was missing need not
+	// restart the daemon. A yes stands as long as the daemon.
+	probeAgain = 10 * time.Second
+)
 
-// hostFacts finds out, once and in the background, what this host can give; the function it returns waits for the answer.
-// ctx ends the look early, and the host then counts as unable.
-func hostFacts(ctx context.Context, log *zap.Logger, runtimes map[spec.Isolation]runtime.Runtime) (facts func() policy.Host, wait func()) {
+// hostFacts knows what this host can give. The manager asks it at each decision.
+type hostFacts struct {
+	ctx      context.Context
+	log      *zap.Logger
+	hostname string
+	walls    map[spec.Isolation]*wallFacts
+}
+
+type wallFacts struct {
+	runtime runtime.Runtime
+
+	mu    sync.Mutex // held while probing, so that everybody waits for one answer
+	last  runtime.Availability
+	asked time.Time
+}
+
+// newHostFacts: when ctx is done no further look is taken, and the host counts as unable.
+func newHostFacts(ctx context.Context, log *zap.Logger, runtimes map[spec.Isolation]runtime.Runtime) *hostFacts {
 	hostname, err := os.Hostname()
 	if err != nil {
 		log.Warn("cannot read the host's name: rules on host.hostname see an empty one", zap.Error(err))
 	}
-	facts = sync.OnceValue(func() policy.Host {
-		container := probe(ctx, log, spec.IsolationContainer, runtimes)
-		vm := probe(ctx, log, spec.IsolationVM, runtimes)
-		return policy.Host{
-			Hostname:           hostname,
-			ContainerAvailable: container.Available, ContainerReason: container.Reason,
-			VMAvailable: vm.Available, VMReason: vm.Reason, VMAccelerator: vm.Accelerator,
-		}
-	})
-	var wg sync.WaitGroup
-	wg.Go(func() { facts() })
-	return facts, wg.Wait
+	h := &hostFacts{ctx: ctx, log: log, hostname: hostname, walls: make(map[spec.Isolation]*wallFacts)}
+	for isolation, r := range runtimes {
+		h.walls[isolation] = &wallFacts{runtime: r}
+	}
+	return h
 }
 
-func probe(ctx context.Context, log *zap.Logger, i spec.Isolation, runtimes map[spec.Isolation]runtime.Runtime) runtime.Availability {
-	prober, ok := runtimes[i].(runtime.Prober)
-	if !ok {
+func (h *hostFacts) facts() policy.Host {
+	container, vm := h.availability(spec.IsolationContainer), h.availability(spec.IsolationVM)
+	return policy.Host{
+		Hostname:           h.hostname,
+		ContainerAvailable: container.Available, ContainerReason: container.Reason,
+		VMAvailable: vm.Available, VMReason: vm.Reason, VMAccelerator: vm.Accelerator,
+	}
+}
+
+func (h *hostFacts) availability(i spec.Isolation) runtime.Availability {
+	w := h.walls[i]
+	if w == nil {
 		return runtime.Availability{Reason: "no runtime for it is built in"}
 	}
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.last.Available || (!w.asked.IsZero() && time.Since(w.asked) < probeAgain) {
+		return w.last
+	}
+	prober, ok := w.runtime.(runtime.Prober)
+	if !ok {
+		w.last = runtime.Availability{Available: true, Reason: "it needs nothing of the host"}
+		return w.last
+	}
+	ctx, cancel := context.WithTimeout(h.ctx, probeTimeout)
 	defer cancel()
-	a := prober.Probe(ctx)
-	log.Info("isolation probed", zap.String("isolation", string(i)), zap.Bool("available", a.Available),
-		zap.String("reason", a.Reason), zap.String("accelerator", a.Accelerator), zap.String("accelerator_reason", a.AcceleratorReason))
-	return a
+	w.last, w.asked = prober.Probe(ctx), time.Now()
+	h.log.Info("isolation probed", zap.String("isolation", string(i)), zap.Bool("available", w.last.Available),
+		zap.String("reason", w.last.Reason), zap.String("accelerator", w.last.Accelerator),
+		zap.String("accelerator_reason", w.last.AcceleratorReason))
+	return w.last
 }
