@@ -230,13 +230,8 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 		// Half a record cannot be: it is written whole. Go on with what the configuration says.
 		r.log.Warn("cannot read a sandbox's record", zap.String("sandbox", id), zap.Error(err))
 	}
-	if err := killGroup(ctx, parent, id); err != nil {
+	if err := r.end(ctx, parent, id); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
-	}
-	if i := r.takeInstance(id); i != nil {
-		if err := i.reap(ctx); err != nil {
-			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
-		}
 	}
 	path := disk.LayerPath(r.config.StateDir, id)
 	// The last reference to the root file system is dropped a moment after the last process is gone. Until then the
@@ -258,14 +253,25 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	return nil
 }
 
-// killGroup ends every process of a sandbox and deletes its cgroup.
-func killGroup(ctx context.Context, parent, id string) error {
+// end kills every process of a sandbox, waits until they are gone and deletes its cgroup.
+func (r *Runtime) end(ctx context.Context, parent, id string) error {
 	group, err := cgroup.Load(parent, id)
-	if err != nil {
-		if spec.KindOf(err) == spec.KindNotFound {
-			return nil
-		}
+	if err != nil && spec.KindOf(err) != spec.KindNotFound {
 		return err
+	}
+	if err == nil {
+		if err := group.Kill(); err != nil {
+			return err
+		}
+	}
+	// The end of PID 1 is an event to wait for; the end of a process that has no instance is polled for by Delete.
+	if i := r.takeInstance(id); i != nil {
+		if err := i.reap(ctx); err != nil {
+			return err
+		}
+	}
+	if group == nil {
+		return nil
 	}
 	return group.Delete(ctx)
 }

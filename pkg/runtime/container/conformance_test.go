@@ -1,0 +1,64 @@
+package container_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"go.uber.org/zap/zaptest"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/idrange"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/runtime/container"
+	"github.com/sandboxd/sandboxd/pkg/runtime/runtimetest"
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// buildAgent makes the agent that sandboxes really run.
+func buildAgent(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "sandbox-agent")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", path, "github.com/sandboxd/sandboxd/cmd/sandbox-agent")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("cannot build the agent: %v: %s", err, out)
+	}
+	return path
+}
+
+func TestConformance(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for namespaces, mounts and cgroups: run the tests as root")
+	}
+	agent := buildAgent(t)
+	parent := fmt.Sprintf("/sandboxd-test-%d-conformance", os.Getpid())
+	defer func() {
+		if err := cgroup.RemoveParent(parent); err != nil {
+			t.Error(err)
+		}
+	}()
+	templates := t.TempDir()
+	runtimetest.Run(t, runtimetest.Factory{
+		Isolation: spec.IsolationContainer,
+		Parallel:  10,
+		New: func(t *testing.T, dir string) runtime.Runtime {
+			ids, err := idrange.Open(filepath.Join(dir, "ids"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := container.New(container.Config{
+				RunDir: filepath.Join(dir, "run"), StateDir: filepath.Join(dir, "state"),
+				CgroupParent: parent, Agent: agent, Logger: zaptest.NewLogger(t),
+				Disk: disk.NewMaker(templates), IDs: ids,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return r
+		},
+	})
+}
