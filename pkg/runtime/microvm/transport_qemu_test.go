@@ -244,8 +244,8 @@ func TestVhostUserTransport(t *testing.T) {
 
 // TestKernelTransport needs KVM only to be quick: its guest has an accelerator of the test's choice.
 func TestKernelTransport(t *testing.T) {
-	state := t.TempDir()
-	hub, err := newKernelHub(state, zaptest.NewLogger(t))
+	whole, state, log := t, t.TempDir(), zaptest.NewLogger(t)
+	hub, err := newKernelHub(state, log)
 	if err != nil {
 		t.Skipf("%v; make test-host runs this in a host that has it", err)
 	}
@@ -272,11 +272,11 @@ func TestKernelTransport(t *testing.T) {
 		if _, err := g.t.Dial(t.Context()); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("Dial after Close: %v", err)
 		}
-		next, err := newKernelHub(state, zaptest.NewLogger(t))
+		next, err := newKernelHub(state, log)
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = next.Close() })
+		whole.Cleanup(func() { _ = next.Close() })
 		if next.port != tr.Record().Port {
 			t.Errorf("the next daemon listens on %d, the guest dials %d", next.port, tr.Record().Port)
 		}
@@ -324,7 +324,8 @@ func (g *transportGuest) testLatency(t *testing.T) {
 	t.Logf("64 bytes there and back: median %v, 99%% within %v", took[len(took)/2], took[len(took)*99/100])
 }
 
-const bulkSize = 48 << 20
+// Enough for every buffer on the way to fill up many times.
+const bulkSize = 24 << 20
 
 func (g *transportGuest) testSink(t *testing.T) {
 	conn := g.dial(t, "sink")
