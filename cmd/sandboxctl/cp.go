@@ -154,7 +154,7 @@ func lookIn(ctx context.Context, c *client.Client, ref, p string) (existing, err
 	err = withTar(ctx, c, ref, p, func(tr *tar.Reader) error {
 		header, err := tr.Next()
 		if err != nil {
-			return fmt.Errorf("cannot read what the sandbox sent: %w", err)
+			return orTarError(err)
 		}
 		found = aFile
 		if header.Typeflag == tar.TypeDir {
@@ -165,11 +165,17 @@ func lookIn(ctx context.Context, c *client.Client, ref, p string) (existing, err
 	switch {
 	case errors.Is(err, errSeen):
 		return found, nil
-	case status.Code(err) == codes.NotFound:
+	case status.Code(err) == codes.NotFound, isMissing(err):
 		// Also when there is no such workload: the copy itself will say so.
 		return nothing, nil
 	}
 	return nothing, err
+}
+
+// isMissing: the agent's account of a path that is not there. The API has no reason for it.
+func isMissing(err error) bool {
+	var e *client.Error
+	return errors.As(err, &e) && e.Code == codes.InvalidArgument && e.Field == "path" && strings.HasSuffix(e.Message, "no such file or directory")
 }
 
 // withTar calls fn with the tar of a path in a sandbox. When fn returns the rest is not fetched.

@@ -79,7 +79,9 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	}
 	d.onClose(images.Close)
 
-	host := newHostFacts(ctx, log, runtimes)
+	probing, stopProbing := context.WithCancel(ctx)
+	host := newHostFacts(probing, log, runtimes)
+	d.onClose(func() error { stopProbing(); return nil })
 	manager, err := workload.New(workload.Config{
 		StateDir: c.stateDir, Log: log.Named("workload"),
 		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts,
@@ -95,7 +97,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	// finds the answer ready, or waits for the rest of the look.
 	var looking sync.WaitGroup
 	looking.Go(func() { host.facts() })
-	d.onClose(func() error { looking.Wait(); return nil })
+	d.onClose(func() error { stopProbing(); looking.Wait(); return nil })
 
 	d.server, err = server.New(server.Config{
 		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes,

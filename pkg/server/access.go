@@ -63,11 +63,11 @@ var methods = map[string]access{
 	sandboxdv1.SystemService_Doctor_FullMethodName: {who: connected},
 
 	// What the API looks like and whether it is up is no secret to those who may use it.
-	healthpb.Health_Check_FullMethodName:                                         {who: connected},
-	healthpb.Health_List_FullMethodName:                                          {who: connected},
-	healthpb.Health_Watch_FullMethodName:                                         {who: connected, long: true},
-	reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName:            {who: connected, long: true},
-	reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName:       {who: connected, long: true},
+	healthpb.Health_Check_FullMethodName:                                   {who: connected},
+	healthpb.Health_List_FullMethodName:                                    {who: connected},
+	healthpb.Health_Watch_FullMethodName:                                   {who: connected, long: true},
+	reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName:      {who: connected, long: true},
+	reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName: {who: connected, long: true},
 }
 
 // authorize refuses the call of ctx unless the table allows it.

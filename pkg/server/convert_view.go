@@ -1,6 +1,7 @@
 package server
 
 import (
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -52,6 +53,10 @@ var checkResults = pairs[string, sandboxdv1.Check_Result]{
 	{"failed", sandboxdv1.Check_RESULT_FAILED},
 }
 
+// validUTF8: a string of the API with other bytes could not be sent at all, and messages may quote what came out of a
+// sandbox.
+func validUTF8(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+
 // timeToAPI: the zero time is absent.
 func timeToAPI(t time.Time) *timestamppb.Timestamp {
 	if t.IsZero() {
@@ -85,11 +90,11 @@ func statusToAPI(s workload.Status) *sandboxdv1.WorkloadStatus {
 		Accelerator:    s.Accelerator,
 		AgentTransport: s.AgentTransport,
 		Decision:       decisionToAPI(s.Decision),
-		Message:        s.Message,
+		Message:        validUTF8(s.Message),
 		StartedAt:      timeToAPI(s.StartedAt),
 		ImageDigest:    s.ImageDigest,
-		KernelRelease:  s.Claims.KernelRelease,
-		BootId:         s.Claims.BootID,
+		KernelRelease:  validUTF8(s.Claims.KernelRelease),
+		BootId:         validUTF8(s.Claims.BootID),
 		HostPid:        int32(s.HostPID),
 	}
 	if s.Exit != nil {
@@ -149,9 +154,17 @@ func eventToAPI(e workload.Event) *sandboxdv1.Event {
 		WorkloadId:   e.WorkloadID,
 		WorkloadName: e.WorkloadName,
 		Isolation:    isolations.toAPI(e.Isolation),
-		Message:      e.Message,
-		Attributes:   e.Attributes,
+		Message:      validUTF8(e.Message),
+		Attributes:   attributesToAPI(e.Attributes),
 	}
+}
+
+func attributesToAPI(attributes map[string]string) map[string]string {
+	out := make(map[string]string, len(attributes))
+	for key, value := range attributes {
+		out[validUTF8(key)] = validUTF8(value)
+	}
+	return out
 }
 
 func imageToAPI(i image.Image) *sandboxdv1.Image {

@@ -87,11 +87,11 @@ func kindStatus(e *spec.Error, chain error) error {
 	metadata := make(map[string]string)
 	var more []protoadapt.MessageV1
 	if e.Rule != "" {
-		metadata["rule"] = e.Rule
+		metadata["rule"] = validUTF8(e.Rule)
 	}
 	if e.Field != "" {
-		metadata["field"] = e.Field
-		more = append(more, badRequest(e.Field, e.Error()))
+		metadata["field"] = validUTF8(e.Field)
+		more = append(more, badRequest(validUTF8(e.Field), validUTF8(e.Error())))
 	}
 	return withInfo(row.code, chain.Error(), reason, metadata, more...)
 }
@@ -103,6 +103,7 @@ func badRequest(field, description string) *errdetails.BadRequest {
 }
 
 func withInfo(code codes.Code, message, reason string, metadata map[string]string, more ...protoadapt.MessageV1) error {
+	message = validUTF8(message)
 	details := append([]protoadapt.MessageV1{&errdetails.ErrorInfo{
 		Reason: reason, Domain: ErrorDomain, Metadata: metadata,
 	}}, more...)

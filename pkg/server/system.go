@@ -5,6 +5,7 @@ import (
 	"fmt"
 	goruntime "runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -98,7 +99,9 @@ func (s *systemService) Doctor(ctx context.Context, _ *sandboxdv1.DoctorRequest)
 	for _, p := range s.probe(ctx) {
 		checks = append(checks, isolationCheck(p.isolation, p.answer))
 		for _, c := range p.answer.Checks {
-			c.Name = fmt.Sprintf("%s: %s", p.isolation, c.Name)
+			if prefix := string(p.isolation) + ": "; !strings.HasPrefix(c.Name, prefix) {
+				c.Name = prefix + c.Name
+			}
 			checks = append(checks, c)
 		}
 	}
