@@ -61,6 +61,7 @@ func Config(id string, w spec.Workload, img spec.ImageConfig, granted spec.Isola
 		Annotations: map[string]string{AnnotationID: id, AnnotationIsolation: string(granted)},
 		Linux: &specs.Linux{
 			Namespaces:    namespaces,
+			Sysctl:        sysctlsOf(),
 			Resources:     resourcesOf(w.Resources),
 			MaskedPaths:   pathsOf(maskedPaths),
 			ReadonlyPaths: pathsOf(readonlyPaths),

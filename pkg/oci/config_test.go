@@ -303,6 +303,11 @@ func TestRows(t *testing.T) {
 			t.Errorf("path %+v", row)
 		}
 	}
+	for _, row := range sysctls {
+		if row.reason == "" || !strings.HasPrefix(row.name, "net.") {
+			t.Errorf("kernel parameter %+v", row)
+		}
+	}
 	for _, row := range defaultCapabilities {
 		if row.reason == "" {
 			t.Errorf("capability %s has no reason", row.name)

@@ -1,0 +1,68 @@
+package runtimetest
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// leftovers lists whatever on the host bears a sandbox's id: files below dir, cgroups, mounts, loop devices, and
+// processes by their command line, their cgroup or a descriptor they hold. This process's own descriptors do not count.
+func leftovers(dir, id string) []string {
+	var found []string
+	add := func(what, which string) { found = append(found, fmt.Sprintf("%s %s", what, which)) }
+
+	walkNamed(dir, id, func(path string) { add("file", path) })
+	walkNamed("/sys/fs/cgroup", id, func(path string) { add("cgroup", path) })
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err == nil {
+		for line := range strings.Lines(string(mounts)) {
+			if strings.Contains(line, id) {
+				add("mount", strings.TrimSpace(line))
+			}
+		}
+	}
+	backing, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, file := range backing {
+		// A device that is let go of between the two calls is gone.
+		if name, err := os.ReadFile(file); err == nil && strings.Contains(string(name), id) {
+			add("loop device", file+": "+strings.TrimSpace(string(name)))
+		}
+	}
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, process := range processes {
+		if process == fmt.Sprintf("/proc/%d", os.Getpid()) {
+			continue
+		}
+		for _, file := range []string{"cmdline", "cgroup"} {
+			if content, err := os.ReadFile(filepath.Join(process, file)); err == nil && strings.Contains(string(content), id) {
+				add("process", process+": "+file)
+			}
+		}
+		descriptors, _ := filepath.Glob(process + "/fd/*")
+		for _, fd := range descriptors {
+			if target, err := os.Readlink(fd); err == nil && strings.Contains(target, id) {
+				add("descriptor", fd+": "+target)
+			}
+		}
+	}
+	return found
+}
+
+// walkNamed calls found for each file below dir whose name contains id, and not for what lies below such a one.
+func walkNamed(dir, id string, found func(path string)) {
+	// Cgroups and files of others come and go while this looks.
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return nil
+		}
+		if strings.Contains(d.Name(), id) {
+			found(path)
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+		}
+		return nil
+	})
+}
