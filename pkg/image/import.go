@@ -99,6 +99,9 @@ func (im *importer) importArchive(r io.Reader, want string) (Image, error) {
 		if want == "" {
 			return Image{}, errNoName
 		}
+		if err := checkEnd(tar); err != nil {
+			return Image{}, err
+		}
 		config := configFile{platform: platformOS + "/" + platformArch}
 		return im.install(digest, config, []string{want}, func() (*tree, error) {
 			t := newTree(im.budget)
@@ -116,6 +119,20 @@ func (im *importer) importArchive(r io.Reader, want string) (Image, error) {
 		return Image{}, errNoName
 	}
 	return im.installSource(src, names)
+}
+
+// checkEnd refuses a tar without the zeros that mark its end. Readers of tars take it, and nobody would notice that half a
+// root file system is missing: unlike a layer it has no digest to answer to.
+func checkEnd(s section) error {
+	const block = 512
+	end := make([]byte, block)
+	if _, err := s.reader().ReadAt(end, max(s.size-block, 0)); err != nil {
+		return err
+	}
+	if !isZero(end) {
+		return invalidf("its tar was cut short: the end is missing")
+	}
+	return nil
 }
 
 var errNoName = spec.Invalidf("name", "the archive does not name the image: give it a name")

@@ -37,10 +37,10 @@ func canonicalName(s string) (string, error) {
 		return "", spec.Invalidf("name", "%q looks like a digest, but is not one", s)
 	}
 	ref, err := name.ParseReference(s)
-	if err == nil {
+	if err == nil && localName.MatchString(s[:1]) {
 		return dockerName(ref), nil
 	}
-	if strings.Contains(s, "@") || !localName.MatchString(s) {
+	if !localName.MatchString(s) {
 		return "", spec.Invalidf("name", "%q is not a name for an image: use letters, digits and . _ - / with an optional :tag", s)
 	}
 	return s, nil

@@ -33,7 +33,11 @@ const lockWait = 5 * time.Second
 type records struct{ db *bolt.DB }
 
 func openRecords(path string) (*records, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockWait})
+	return openRecordsWait(path, lockWait)
+}
+
+func openRecordsWait(path string, wait time.Duration) (*records, error) {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: wait})
 	if errors.Is(err, berrors.ErrTimeout) {
 		return nil, spec.Errorf(spec.KindWrongState, "%s is in use by another process: stop it, or use another state directory", path)
 	}

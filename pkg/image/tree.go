@@ -153,6 +153,10 @@ func (t *tree) hide(e *entry, dir []string, base string) error {
 	if base != whiteoutOpaque && strings.HasPrefix(base, whiteoutMeta) {
 		return nil
 	}
+	victim := strings.TrimPrefix(base, whiteoutPrefix)
+	if victim == "" || victim == "." || victim == ".." {
+		return invalidf("%s is a whiteout of nothing", e)
+	}
 	parent, err := t.resolve(e, dir, false)
 	if err != nil || parent == nil {
 		return err
@@ -160,10 +164,6 @@ func (t *tree) hide(e *entry, dir []string, base string) error {
 	if base == whiteoutOpaque {
 		t.hideLower(parent)
 		return nil
-	}
-	victim := strings.TrimPrefix(base, whiteoutPrefix)
-	if victim == "" || victim == "." || victim == ".." {
-		return invalidf("%s is a whiteout of nothing", e)
 	}
 	if d, ok := parent.children[victim]; ok {
 		t.hideOne(parent, victim, d)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -98,7 +99,7 @@ func header(path, name string, info fs.FileInfo) (*tar.Header, error) {
 	}
 	// Names of users are this host's affair, and these times change by reading.
 	hdr.Uname, hdr.Gname = "", ""
-	hdr.AccessTime, hdr.ChangeTime = hdr.ModTime, hdr.ModTime
+	hdr.AccessTime, hdr.ChangeTime = time.Time{}, time.Time{}
 	hdr.PAXRecords, err = xattrs(path)
 	return hdr, err
 }
