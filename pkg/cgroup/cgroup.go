@@ -16,6 +16,7 @@ import (
 	"time"
 
 	cgroups "github.com/containerd/cgroups/v3"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -60,6 +61,33 @@ type Limits struct {
 	MemoryBytes uint64
 	// Processes and threads.
 	Pids uint32
+	// The only device nodes the group's processes may open, wherever they find them; nobody may make any. Nil means all.
+	Devices []Device
+}
+
+// Device is a character device.
+type Device struct {
+	Major int64
+	// AnyMinor for all of the major's.
+	Minor int64
+	// Why processes need it.
+	Reason string
+}
+
+// AnyMinor stands for every minor number.
+const AnyMinor = -1
+
+// deviceRules says the same to containerd/cgroups: the first rule denies everything.
+func deviceRules(devices []Device) []specs.LinuxDeviceCgroup {
+	if devices == nil {
+		return nil
+	}
+	every := int64(AnyMinor)
+	rules := []specs.LinuxDeviceCgroup{{Allow: false, Type: "a", Major: &every, Minor: &every, Access: "rwm"}}
+	for _, d := range devices {
+		rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: &d.Major, Minor: &d.Minor, Access: "rw"})
+	}
+	return rules
 }
 
 // hierarchies is one version's way to limit and count.

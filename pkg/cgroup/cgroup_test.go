@@ -128,6 +128,32 @@ func TestPidsLimitBites(t *testing.T) {
 	}
 }
 
+func TestOnlyTheNamedDevicesWork(t *testing.T) {
+	g, err := New(testParent(t), "a", Limits{Devices: []Device{{1, 3, "null"}, {136, AnyMinor, "terminals"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := filepath.Join(t.TempDir(), "zero")
+	if err := unix.Mknod(node, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 5))); err != nil {
+		t.Fatal(err)
+	}
+	for script, want := range map[string]int{
+		": </dev/null && echo x >/dev/null":        0,
+		": <" + node:                               2,
+		"mknod " + node + "2 c 1 3":                1,
+		"head -c 1 /dev/urandom":                   1,
+		"ls -l " + node + " && ls /dev >/dev/null": 0,
+	} {
+		_, wait := start(t, g, "exec 2>&1; "+script)
+		if ws := wait(); ws.ExitStatus() != want {
+			t.Errorf("%q exited with %d, want %d", script, ws.ExitStatus(), want)
+		}
+	}
+	if err := g.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestDeleteKillsForkersAndIsIdempotent(t *testing.T) {
 	parent := testParent(t)
 	g, err := New(parent, "a", Limits{CPUMillis: 1000, MemoryBytes: 128 << 20, Pids: 200})
@@ -184,7 +210,7 @@ func TestKillWithoutCgroupKill(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, wait := start(t, g, "while :; do sleep 100 & done 2>/dev/null")
+	_, wait := start(t, g, "while :; do sleep 100 & sleep 0.01; kill $!; done")
 	dir := v1{}.dirs(g.path)[len(controllers)-1]
 	if err := killFrozen(dir); err != nil {
 		t.Error(err)

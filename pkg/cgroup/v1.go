@@ -40,6 +40,7 @@ var controllers = []struct {
 	{cgroup1.Cpuacct, "counts processor time"},
 	{cgroup1.Memory, "limits and counts memory"},
 	{cgroup1.Pids, "limits and counts processes"},
+	{cgroup1.Devices, "says which device nodes work"},
 	{cgroup1.Freezer, "holds a group still while it is killed, where there is no cgroup.kill"},
 }
 
@@ -48,7 +49,7 @@ type v1 struct{ unified bool }
 
 func subsystems() ([]cgroup1.Subsystem, error) {
 	var memory cgroup1.Subsystem = cgroup1.NewMemory(root, cgroup1.OptionalSwap(), cgroup1.IgnoreModules("kmem", "kmem.tcp"))
-	all := []cgroup1.Subsystem{cgroup1.NewCpu(root), cgroup1.NewCpuacct(root), memory, cgroup1.NewPids(root), cgroup1.NewFreezer(root)}
+	all := []cgroup1.Subsystem{cgroup1.NewCpu(root), cgroup1.NewCpuacct(root), memory, cgroup1.NewPids(root), cgroup1.NewDevices(root), cgroup1.NewFreezer(root)}
 	for _, c := range controllers {
 		if _, err := os.Stat(filepath.Join(root, string(c.name))); err != nil {
 			return nil, spec.Errorf(spec.KindUnsupported, "cgroup controller %s is not mounted; it %s: mount it on %s/%s", c.name, c.reason, root, c.name)
@@ -58,7 +59,7 @@ func subsystems() ([]cgroup1.Subsystem, error) {
 }
 
 func (v1) create(path string, l Limits) error {
-	r := &specs.LinuxResources{}
+	r := &specs.LinuxResources{Devices: deviceRules(l.Devices)}
 	if l.CPUMillis > 0 {
 		period := uint64(cpuPeriod)
 		quota, shares := cpuQuota(l.CPUMillis), cpuShares(l.CPUMillis)

@@ -38,7 +38,7 @@ func cpuWeight(millis uint32) uint64 {
 type v2 struct{}
 
 func (v2) create(path string, l Limits) error {
-	r := &cgroup2.Resources{CPU: &cgroup2.CPU{}, Memory: &cgroup2.Memory{}, Pids: &cgroup2.Pids{}}
+	r := &cgroup2.Resources{CPU: &cgroup2.CPU{}, Memory: &cgroup2.Memory{}, Pids: &cgroup2.Pids{}, Devices: deviceRules(l.Devices)}
 	if l.CPUMillis > 0 {
 		period, quota, weight := uint64(cpuPeriod), cpuQuota(l.CPUMillis), cpuWeight(l.CPUMillis)
 		r.CPU.Weight = &weight

@@ -56,6 +56,7 @@ type Runtime struct {
 
 	mu        sync.Mutex
 	instances map[string]*instance // those this daemon started or attached to, until they are removed
+	trials    map[string]bool      // what Probe is making right now, and List does not name
 }
 
 var (
@@ -88,7 +89,7 @@ func New(c Config) (*Runtime, error) {
 	r := &Runtime{
 		config: c, log: c.Logger.Named(name),
 		mounts: &mounter{}, agent: &agentBinary{path: c.Agent},
-		instances: map[string]*instance{},
+		instances: map[string]*instance{}, trials: map[string]bool{},
 	}
 	if err := ownDir(r.dir("")); err != nil {
 		return nil, fmt.Errorf("cannot make a container runtime: %w", err)
@@ -210,7 +211,9 @@ func (r *Runtime) List(context.Context) ([]string, error) {
 	for _, e := range entries {
 		ids = append(ids, e.Name())
 	}
-	ids = slices.DeleteFunc(ids, func(id string) bool { return validID(id) != nil })
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ids = slices.DeleteFunc(ids, func(id string) bool { return validID(id) != nil || r.trials[id] })
 	slices.Sort(ids)
 	return slices.Compact(ids), nil
 }

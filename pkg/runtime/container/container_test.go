@@ -55,9 +55,15 @@ func TestSandboxStandsAndLeavesNothing(t *testing.T) {
 	want(t, i, "ls /proc/1/fd 2>&1 | grep -c denied", "1")
 	want(t, i, "cut -d: -f3 /proc/self/cgroup | sort -u", "/") // in the cgroup namespace its own group is the root
 	want(t, i, "ip link | grep -c '^[0-9]'", "1")
-	if out, code := sh(t, i, "mknod /null c 1 3 && echo x >/null"); code == 0 {
-		t.Errorf("a device node works: %s", out)
+	if out, code := sh(t, i, "mknod /null c 1 3"); code == 0 {
+		t.Errorf("a device node was made: %s", out)
 	}
+	// The image brings nodes that the host's root may use; where they are mounted with device nodes allowed, they must not work.
+	want(t, i, "mount -o remount,bind,dev / && stat -c '%t:%T %a' /dev/loop-control && echo ok", "a:ed 666\nok")
+	if out, code := sh(t, i, ": </dev/loop-control"); code == 0 || !strings.Contains(out, "not permitted") {
+		t.Errorf("the image's device node works: %s", out)
+	}
+	want(t, i, ": </dev/null && echo ok", "ok")
 	if out, _ := sh(t, i, "cat /proc/mounts /proc/self/mountinfo | grep overlay"); strings.Contains(out, filepath.Dir(h.config.RunDir)) || !strings.Contains(out, "lowerdir") {
 		t.Errorf("the mount table inside tells of the host: %s", out)
 	}

@@ -149,6 +149,8 @@ cp /bin/busybox $1/bin/busybox
 for a in $($1/bin/busybox --list); do [ $a = busybox ] || ln -s busybox $1/bin/$a; done
 echo 'from the image' >$1/etc/motd
 chmod 1777 $1/tmp
+mknod -m 666 $1/dev/loop-control c 10 237
+mknod -m 666 $1/dev/null c 1 3
 chown 1000:1000 $1/home/user
 mkfs.erofs -zlz4 --quiet $2 $1`
 	image := filepath.Join(dir, "image.erofs")

@@ -2,6 +2,8 @@ package container
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -27,19 +29,25 @@ type instance struct {
 	image   *image   // nil after a restart of the daemon
 	done    chan struct{}
 	watched sync.WaitGroup
+	// Closed when watch has ended, for either reason.
+	unwatched chan struct{}
 }
 
 var _ runtime.Instance = (*instance)(nil)
 
 // newInstance watches a booted agent. It takes over pidfd, crash and the use of img.
 func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, crash *os.File, img *image) *instance {
-	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, crash: crash, image: img, done: make(chan struct{})}
+	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, crash: crash, image: img, done: make(chan struct{}), unwatched: make(chan struct{})}
 	i.watched.Go(i.watch)
 	return i
 }
 
 func (i *instance) watch() {
-	gone := waitProcess(i.pidfd)
+	defer close(i.unwatched)
+	if waitProcess(i.pidfd) {
+		// PID 1 ends last: the kernel has killed and reaped the rest of its namespace before.
+		close(i.done)
+	}
 	if i.image != nil {
 		if err := i.r.mounts.do(func() error { return i.r.mounts.leaveImage(i.image) }); err != nil {
 			i.r.log.Error("cannot unmount an image", zap.String("sandbox", i.rec.ID), zap.Error(err))
@@ -50,10 +58,6 @@ func (i *instance) watch() {
 			i.r.log.Warn("agent wrote to its standard error", zap.String("sandbox", i.rec.ID), zap.ByteString("stderr", []byte(said)))
 		}
 		_ = i.crash.Close()
-	}
-	if gone {
-		// PID 1 ends last: the kernel has killed and reaped the rest of its namespace before.
-		close(i.done)
 	}
 }
 
@@ -81,6 +85,16 @@ func (i *instance) running() bool {
 	}
 }
 
+// over reports whether the agent's process has ended. If so it returns only after Done is closed, an instant later, so that
+// nobody hears of the end from an error first.
+func (i *instance) over(ctx context.Context) bool {
+	if !ended(i.pidfd) {
+		return false
+	}
+	_ = waitClosed(ctx, i.unwatched) // over either way
+	return true
+}
+
 // Dial connects to the agent's socket, whose path may be longer than a socket address.
 func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
 	if !i.running() {
@@ -88,7 +102,7 @@ func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
 	}
 	dir, err := os.OpenFile(i.r.dir(i.rec.ID), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
-		if !i.running() || os.IsNotExist(err) {
+		if errors.Is(err, fs.ErrNotExist) || i.over(ctx) {
 			return nil, runtime.ErrNotRunning
 		}
 		return nil, spec.Errorf(spec.KindInternal, "cannot dial the agent: %w", err)
@@ -97,7 +111,7 @@ func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", filepath.Join(fdPath(dir), socketFile))
 	if err != nil {
-		if !i.running() || ended(i.pidfd) {
+		if i.over(ctx) {
 			return nil, runtime.ErrNotRunning
 		}
 		return nil, spec.Errorf(spec.KindUnavailable, "cannot dial the agent: %w", err)
@@ -116,7 +130,7 @@ func (i *instance) Usage() (spec.Usage, error) {
 	}
 	u, err := i.group.Usage()
 	if err != nil {
-		if !i.running() || ended(i.pidfd) {
+		if i.over(context.Background()) {
 			return spec.Usage{}, runtime.ErrNotRunning
 		}
 		return spec.Usage{}, err

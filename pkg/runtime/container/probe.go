@@ -84,6 +84,8 @@ func (r *Runtime) probe(ctx context.Context) (string, error) {
 		ImagePath: image.Name(),
 		Resources: spec.Resources{CPUMillis: 1000, MemoryBytes: 64 << 20, Pids: 64, DiskBytes: 16 << 20},
 	}
+	r.setTrial(s.ID, true)
+	defer r.setTrial(s.ID, false)
 	_, err = r.start(ctx, s, image)
 	var failed *stepError
 	if errors.As(err, &failed) {
@@ -93,6 +95,18 @@ func (r *Runtime) probe(ctx context.Context) (string, error) {
 		return steps[0].name, err
 	}
 	return "", r.destroy(ctx, s.ID, true)
+}
+
+// setTrial hides a trial sandbox from List, so that nobody takes it for something left behind. One that really was left
+// behind, by a daemon that died, is named by the next.
+func (r *Runtime) setTrial(id string, on bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if on {
+		r.trials[id] = true
+	} else {
+		delete(r.trials, id)
+	}
 }
 
 // emptyImage is an EROFS file with an empty root directory. It lies where images lie, since not every file system can

@@ -13,6 +13,19 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
+// devices are all that a sandbox may open. A user namespace may make no nodes, and file systems in it have none; but an
+// image may bring one, and who may mount in the sandbox could make it work. This holds whatever is mounted.
+var devices = []cgroup.Device{
+	{Major: 1, Minor: 3, Reason: "/dev/null"},
+	{Major: 1, Minor: 5, Reason: "/dev/zero"},
+	{Major: 1, Minor: 7, Reason: "/dev/full"},
+	{Major: 1, Minor: 8, Reason: "/dev/random"},
+	{Major: 1, Minor: 9, Reason: "/dev/urandom"},
+	{Major: 5, Minor: 0, Reason: "/dev/tty: the opener's own terminal"},
+	{Major: 5, Minor: 2, Reason: "/dev/ptmx: terminals of the sandbox's own devpts"},
+	{Major: 136, Minor: cgroup.AnyMinor, Reason: "/dev/pts/*: the same"},
+}
+
 // start is a sandbox being made.
 type start struct {
 	r *Runtime
@@ -143,6 +156,7 @@ func (st *start) makeGroup(context.Context) (err error) {
 		CPUMillis:   st.s.Resources.CPUMillis,
 		MemoryBytes: st.s.Resources.MemoryBytes,
 		Pids:        st.s.Resources.Pids + agentPids,
+		Devices:     devices,
 	})
 	return err
 }
