@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -169,6 +170,34 @@ func TestExample(t *testing.T) {
 	for _, r := range p.Rules() {
 		if r.Reason == "" {
 			t.Errorf("rule %q gives no reason", r.Name)
+		}
+	}
+}
+
+// The policies in the manual load, and its names are those of the language.
+func TestManual(t *testing.T) {
+	file := filepath.Join("..", "..", "docs", "policy.md")
+	source, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := strings.Split(string(source), "```yaml\n")[1:]
+	if len(blocks) < 3 {
+		t.Errorf("%s has %d policies", file, len(blocks))
+	}
+	for i, block := range blocks {
+		policy, _, _ := strings.Cut(block, "```")
+		if _, err := Load([]byte(policy), fmt.Sprintf("policy %d of %s", i+1, file)); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, facts := range []reflect.Type{reflect.TypeFor[requestFacts](), reflect.TypeFor[mountFacts](), reflect.TypeFor[resourceFacts](),
+		reflect.TypeFor[imageFacts](), reflect.TypeFor[imageConfigFacts](), reflect.TypeFor[callerFacts](), reflect.TypeFor[hostFacts]()} {
+		for field := range facts.Fields() {
+			name := field.Tag.Get("cel")
+			if !strings.Contains(string(source), "`"+name) && !strings.Contains(string(source), "."+name+"`") {
+				t.Errorf("%s does not speak of %s", file, name)
+			}
 		}
 	}
 }
