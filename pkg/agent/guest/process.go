@@ -64,8 +64,11 @@ func newProcess(id string) *process {
 }
 
 // end records how the process ended. It is called once, by whoever reaped it.
-func (p *process) end(status unix.WaitStatus) {
-	e := exit{time: time.Now(), code: status.ExitStatus()}
+func (p *process) end(status unix.WaitStatus) { p.endCopy(status, "") }
+
+// endCopy is end for a copy, with what went wrong.
+func (p *process) endCopy(status unix.WaitStatus, complaint string) {
+	e := exit{time: time.Now(), code: status.ExitStatus(), err: complaint}
 	if status.Signaled() {
 		e.signal = int(status.Signal())
 		e.code = 128 + e.signal

@@ -3,6 +3,7 @@ package guest
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"runtime/debug"
 
 	"golang.org/x/sys/unix"
@@ -59,7 +60,7 @@ func RunStage() {
 	}
 	if spec.Copy != nil {
 		debug.SetGCPercent(100) // a copy may be long
-		if err := spec.Copy.run(0, 1); err != nil {
+		if err := spec.Copy.run(os.NewFile(0, "in"), os.NewFile(1, "out")); err != nil {
 			fail(&stageFailure{Message: err.Error()})
 		}
 		unix.Exit(0)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 
 	"github.com/moby/sys/user"
@@ -51,10 +52,16 @@ func (u userSpec) resolve() (identity, error) {
 	if err != nil {
 		return identity{}, err
 	}
-	who := identity{uid: uint32(found.Uid), gid: uint32(found.Gid), groups: u.Groups, home: found.Home}
+	who := identity{uid: uint32(found.Uid), gid: uint32(found.Gid), home: found.Home}
+	// The primary group too, as a login does it: left out, a program could drop it with setgid and so gain what a file's
+	// mode denies to that group (CVE-2022-36109).
+	who.groups = append(who.groups, who.gid)
 	for _, gid := range found.Sgids {
 		who.groups = append(who.groups, uint32(gid))
 	}
+	who.groups = append(who.groups, u.Groups...)
+	slices.Sort(who.groups)
+	who.groups = slices.Compact(who.groups)
 	if who.home == "" {
 		who.home = "/"
 	}

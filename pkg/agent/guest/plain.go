@@ -1,0 +1,127 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+)
+
+// ServePlain is an agent WITHOUT WALLS for tests of what lies above the runtimes: it serves on l from the caller's own
+// process until ctx is done or Shutdown was called. The container's root is the caller's, no process is confined and user,
+// rlimits and capabilities are ignored. Everything it started has ended when it returns.
+//
+// No program may call it: a test of this package looks for it in the built sandbox-agent, where the linker leaves out what
+// nothing calls.
+func ServePlain(ctx context.Context, l net.Listener) error {
+	w := &plainWall{children: newChildren()}
+	err := newService(w).Serve(ctx, l)
+	_ = w.signalAll(unix.SIGKILL)
+	w.owned.Wait()
+	return err
+}
+
+type plainWall struct {
+	children *children
+	owned    sync.WaitGroup
+}
+
+func (*plainWall) configure(string, time.Time, []byte) error { return nil }
+
+func (*plainWall) enter(*specs.Spec) (*root, error) {
+	r := &root{}
+	for _, d := range []struct {
+		into *(*os.File)
+		path string
+	}{{&r.dir, "/"}, {&r.proc, "/proc"}, {&r.pts, "/dev"}} {
+		f, err := openDir(d.path)
+		if err != nil {
+			return nil, err
+		}
+		*d.into = f
+	}
+	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
+	r.null = null
+	return r, err
+}
+
+func (w *plainWall) spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
+	c := orders.Process
+	if st, err := os.Stat(c.Cwd); err != nil || !st.IsDir() {
+		return 0, &stageFailure{agentv1.ExecFailure_REASON_BAD_WORKDIR, fmt.Sprintf("cannot enter the working directory: %s is none", c.Cwd)}
+	}
+	attr := &syscall.ProcAttr{
+		Dir: c.Cwd, Env: c.Env, Files: []uintptr{stdio[0].Fd(), stdio[1].Fd(), stdio[2].Fd()},
+		Sys: &syscall.SysProcAttr{Setsid: true, Setctty: c.Terminal, Ctty: 0},
+	}
+	candidates := []string{c.Args[0]}
+	if !strings.Contains(c.Args[0], "/") {
+		candidates = nil
+		for dir := range strings.SplitSeq(searchPath(c.Env), ":") {
+			candidates = append(candidates, dir+"/"+c.Args[0])
+		}
+	}
+	err := error(unix.ENOENT)
+	for _, program := range candidates {
+		var pid int
+		pid, err = w.children.start(func() (int, error) { return syscall.ForkExec(program, c.Args, attr) }, ended)
+		if err == nil {
+			w.owned.Go(func() { w.children.reapOne(pid) })
+			return pid, nil
+		}
+		if !errors.Is(err, unix.ENOENT) {
+			break
+		}
+	}
+	return 0, execFailure(c.Args[0], err, "no such file")
+}
+
+func (w *plainWall) copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus, string)) (int, error) {
+	var own [2]*os.File
+	for i := range own {
+		fd, err := unix.FcntlInt(stdio[i].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return 0, err
+		}
+		own[i] = os.NewFile(uintptr(fd), stdio[i].Name())
+	}
+	w.owned.Go(func() {
+		err := job.run(own[0], own[1])
+		own[0].Close()
+		own[1].Close()
+		if err != nil {
+			ended(unix.WaitStatus(stageFailedCode<<8), err.Error())
+			return
+		}
+		ended(0, "")
+	})
+	return 0, nil
+}
+
+func (w *plainWall) signal(p *process, sig syscall.Signal) error {
+	return w.children.signal(p.pid, sig)
+}
+
+// signalAll reaches the process groups of what was started here, and no other: this is no PID 1.
+func (w *plainWall) signalAll(sig syscall.Signal) error {
+	w.children.mu.Lock()
+	defer w.children.mu.Unlock()
+	for pid := range w.children.byPID {
+		if err := unix.Kill(-pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *plainWall) gone() bool { return w.children.running() == 0 }
