@@ -25,7 +25,7 @@ func TestConfinement(t *testing.T) {
 	}
 	for _, c := range []struct{ script, want string }{
 		{"mkdir /tmp/x 2>&1 || true", "mkdir: can't create directory '/tmp/x': Inappropriate ioctl for device"}, // the filter
-		{"ls /proc/self/fd | tr '\\n' ' '", "0 1 2 3"},                                                         // 3 is ls's own
+		{"ls /proc/self/fd | tr '\\n' ' '", "0 1 2 3"},                                                          // 3 is ls's own
 		{"ulimit -n; ulimit -Hn", "512\n1024"},
 		{"hostname", "testhost"},
 		{"cat /etc/hostname", "testhost"},

@@ -246,4 +246,3 @@ func readUntil(t *testing.T, p *agent.Process, offset *uint64, want string) stri
 	}
 	return got.String()
 }
-
