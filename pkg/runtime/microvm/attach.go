@@ -48,7 +48,7 @@ func (r *Runtime) running(id string) *instance {
 }
 
 // reopen finds what a record speaks of.
-func (r *Runtime) reopen(rec record) (i *instance, err error) {
+func (r *Runtime) reopen(rec record) (_ *instance, err error) {
 	group, err := cgroup.Load(r.cfg.CgroupParent, rec.ID)
 	if spec.KindOf(err) == spec.KindNotFound {
 		return nil, runtime.ErrNotRunning
@@ -56,7 +56,7 @@ func (r *Runtime) reopen(rec record) (i *instance, err error) {
 	if err != nil {
 		return nil, err
 	}
-	i = &instance{rec: rec, dir: r.dir(rec.ID), group: group, logger: r.cfg.Logger}
+	i := &instance{rec: rec, dir: r.dir(rec.ID), group: group, logger: r.cfg.Logger}
 	if rec.HasDisks {
 		i.layer = disk.LayerPath(r.cfg.StateDir, rec.ID)
 	}
@@ -82,8 +82,10 @@ func (r *Runtime) reopen(rec record) (i *instance, err error) {
 	if err != nil {
 		return nil, err
 	}
-	i.transport, err = r.attachTransport(rec, token)
-	return i, err
+	if i.transport, err = r.attachTransport(rec, token); err != nil {
+		return nil, err
+	}
+	return i, nil
 }
 
 func (r *Runtime) attachTransport(rec record, token bootToken) (transport, error) {

@@ -105,8 +105,9 @@ func forgetInitramfs(f *os.File) error {
 	if err != nil {
 		return fmt.Errorf("cannot size the initramfs: %w", err)
 	}
+	page := int64(os.Getpagesize()) // whole pages: part of one would only be zeroed
 	// Not truncated: QEMU would get SIGBUS if it did look.
-	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, size); err != nil {
+	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, (size+page-1)/page*page); err != nil {
 		return fmt.Errorf("cannot free the initramfs: %w", err)
 	}
 	return nil

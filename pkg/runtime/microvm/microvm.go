@@ -107,6 +107,7 @@ func (r *Runtime) Close() error {
 	for _, i := range r.instances {
 		i.abandon()
 	}
+	clear(r.instances)
 	r.mu.Unlock()
 	r.owned.Wait()
 	if r.hub == nil {

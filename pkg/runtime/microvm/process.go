@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,7 +29,9 @@ const (
 // command is a process of a VM: QEMU or the vsock helper.
 type command struct {
 	path string
-	args []string
+	// Directory of path, opened, for a program that lies where only the daemon may pass; nil otherwise.
+	programs *os.File
+	args     []string
 	// Its descriptors from 3 on.
 	files []*os.File
 	// Standard output and error.
@@ -65,6 +68,10 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 	for _, f := range c.files {
 		files = append(files, f.Fd())
 	}
+	path := c.path
+	if c.programs != nil {
+		path = filepath.Join(fdPath(int(c.programs.Fd())), filepath.Base(c.path))
+	}
 	fd := -1
 	err = group.Start(func(attr *syscall.SysProcAttr) error {
 		if err := confineThread(); err != nil {
@@ -74,7 +81,7 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 		attr.Setsid = true
 		attr.Credential = &syscall.Credential{Uid: c.uid, Gid: c.uid, Groups: c.groups}
 		attr.PidFD = &fd
-		pid, err := syscall.ForkExec(c.path, append([]string{c.path}, c.args...), &syscall.ProcAttr{
+		pid, err := syscall.ForkExec(path, append([]string{c.path}, c.args...), &syscall.ProcAttr{
 			// By descriptor: the new user may not pass the directories above. Still open there, as exec has not happened.
 			Dir:   fdPath(int(c.dir.Fd())),
 			Env:   []string{},

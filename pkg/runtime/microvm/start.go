@@ -8,12 +8,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -26,6 +28,8 @@ const (
 	undoTimeout = 20 * time.Second
 	// maxVMMPids bounds QEMU's threads and the helper's: one per CPU, up to 64 for disk I/O, a handful more.
 	maxVMMPids = 256
+	// minGuestMemory is what Debian's kernel with our initramfs was seen to need, 44 MiB, and something to work with.
+	minGuestMemory = 64 << 20
 	// maxCPUs is what QEMU's microvm machine takes.
 	maxCPUs = 255
 )
@@ -70,6 +74,9 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 	}
 	if s.Network != "" {
 		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM: networks are not supported yet, leave the network empty")
+	}
+	if s.Resources.MemoryBytes < minGuestMemory {
+		return nil, spec.Invalidf("spec.resources.memory_bytes", "a microVM's guest does not boot with %d MiB of memory, give it %d or more", s.Resources.MemoryBytes>>20, minGuestMemory>>20)
 	}
 	accel, err := r.accelerator(ctx)
 	if err != nil {
@@ -196,7 +203,10 @@ func (b *boot) makeLayer(ctx context.Context) (err error) {
 	if !b.hasDisks() {
 		return nil
 	}
-	b.layer, b.newLayer, err = b.r.cfg.Disk.Layer(b.r.cfg.StateDir, b.sandbox.ID, layerOwner, b.sandbox.Resources.DiskBytes)
+	if _, err := os.Lstat(disk.LayerPath(b.r.cfg.StateDir, b.sandbox.ID)); errors.Is(err, fs.ErrNotExist) {
+		b.newLayer = true
+	}
+	b.layer, _, err = b.r.cfg.Disk.Layer(b.r.cfg.StateDir, b.sandbox.ID, layerOwner, b.sandbox.Resources.DiskBytes)
 	if err != nil || b.newLayer {
 		return err
 	}
@@ -227,9 +237,11 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 		return nil, err
 	}
 	if ends.Helper != nil {
-		t := i.rec.Transport
-		i.rec.Helper, err = run(command{path: b.r.cfg.VsockHelper, files: ends.Helper, args: []string{"--cid", fmt.Sprint(t.CID), "--port", fmt.Sprint(t.Port)}})
+		helper, err := b.helper(ends.Helper)
 		if err != nil {
+			return nil, err
+		}
+		if i.rec.Helper, err = run(helper); err != nil {
 			return nil, err
 		}
 	}
@@ -253,6 +265,20 @@ func (b *boot) killStarted(i *instance) error {
 		err = errors.Join(err, waitExit(p), p.Close())
 	}
 	return err
+}
+
+// helper is the vsock helper's command.
+func (b *boot) helper(files []*os.File) (command, error) {
+	path, err := exec.LookPath(b.r.cfg.VsockHelper)
+	if err != nil {
+		return command{}, fmt.Errorf("cannot find the vsock helper: %w; install sandbox-vsock beside sandboxd", err)
+	}
+	dir, err := b.keep(os.OpenFile(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0))
+	if err != nil {
+		return command{}, fmt.Errorf("cannot find the vsock helper: %w", err)
+	}
+	t := b.rec.Transport
+	return command{path: path, programs: dir, files: files, args: []string{"--cid", fmt.Sprint(t.CID), "--port", fmt.Sprint(t.Port)}}, nil
 }
 
 // qemu is QEMU's command: its files and, from their numbers, its arguments.
@@ -328,6 +354,9 @@ func (b *boot) explain(ctx context.Context, i *instance, err error) error {
 	said := readLog(b.log)
 	if said == "" {
 		said = "it said nothing"
+		if !b.r.cfg.GuestConsole {
+			said += ", and the guest kernel is only heard with the guest console on"
+		}
 	}
 	select {
 	case <-i.done:
