@@ -33,6 +33,20 @@ const (
 	guestMemory = 128 << 20
 )
 
+const (
+	// programsVariable names a directory with the programs that tests run, for hosts that have no Go.
+	programsVariable = "SANDBOXD_TEST_PROGRAMS"
+	// accelVariable names the accelerator that tests use, for hosts where KVM runs guests: TCG if it is not set.
+	accelVariable = "SANDBOXD_TEST_ACCEL"
+)
+
+func testAccel() string {
+	if accel := os.Getenv(accelVariable); accel != "" {
+		return accel
+	}
+	return AccelTCG
+}
+
 // programs are built once for all tests.
 var programs = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "sandboxd-microvm-test-")
@@ -45,6 +59,9 @@ var programs = sync.OnceValues(func() (string, error) {
 	}
 	for _, pkg := range []string{"../../../cmd/sandbox-agent", "../../../cmd/sandbox-vsock", "./testdata/rogue"} {
 		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", dir+"/", pkg)
+		if built := os.Getenv(programsVariable); built != "" {
+			cmd = exec.Command("cp", filepath.Join(built, filepath.Base(pkg)), dir+"/")
+		}
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return dir, fmt.Errorf("cannot build %s: %w: %s", pkg, err, out)
@@ -127,7 +144,7 @@ func benchConfig(dir, programs, kernel string) Config {
 	return Config{
 		RunDir: filepath.Join(dir, "run"), StateDir: filepath.Join(dir, "state"), CgroupParent: "sandboxd-test",
 		Agent: filepath.Join(programs, "sandbox-agent"), VsockHelper: filepath.Join(programs, "sandbox-vsock"),
-		Kernel: kernel, Accel: AccelTCG,
+		Kernel: kernel, Accel: testAccel(),
 		Disk: disk.NewMaker(filepath.Join(dir, "disk-cache")), IDs: ids,
 	}
 }

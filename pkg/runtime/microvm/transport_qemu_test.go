@@ -32,15 +32,13 @@ const (
 	bootPatience = 90 * time.Second
 	// How long anything else may take there.
 	transportPatience = 60 * time.Second
-
-	testPrograms = "SANDBOXD_TEST_PROGRAMS"
 )
 
 // testProgram builds a program of this repository, or finds it in the directory that the environment names, on hosts
 // where there is no Go.
 func testProgram(t *testing.T, pkg string) string {
 	t.Helper()
-	if dir := os.Getenv(testPrograms); dir != "" {
+	if dir := os.Getenv(programsVariable); dir != "" {
 		return filepath.Join(dir, filepath.Base(pkg))
 	}
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
@@ -242,7 +240,7 @@ func TestVhostUserTransport(t *testing.T) {
 	})
 }
 
-// TestKernelTransport needs KVM only to be quick: its guest has an accelerator of the test's choice.
+// TestKernelTransport needs KVM only to be quick.
 func TestKernelTransport(t *testing.T) {
 	whole, state, log := t, t.TempDir(), zaptest.NewLogger(t)
 	hub, err := newKernelHub(state, log)
@@ -260,11 +258,7 @@ func TestKernelTransport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	accel := accelTCG
-	if os.Getenv("SANDBOXD_TEST_ACCEL") == accelKVM {
-		accel = accelKVM
-	}
-	g := bootTransport(t, tr, ends, token, accel)
+	g := bootTransport(t, tr, ends, token, testAccel())
 	g.suite(t)
 
 	t.Run("another daemon attaches", func(t *testing.T) {

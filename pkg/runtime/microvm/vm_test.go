@@ -33,7 +33,7 @@ func TestLifeOfAVM(t *testing.T) {
 	if got := v.sh(t, "echo $((6*7)); cat /kept 2>/dev/null || echo none; echo written > /kept"); got != "42\nnone" {
 		t.Errorf("the script printed %q", got)
 	}
-	if f := v.Facts(); f.Accelerator != accelTCG || f.AgentTransport == "" || f.HostPID == 0 {
+	if f := v.Facts(); f.Accelerator != b.config.Accel || f.AgentTransport == "" || f.HostPID == 0 {
 		t.Errorf("facts %+v", f)
 	}
 	u, err := v.Usage()
