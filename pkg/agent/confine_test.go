@@ -54,6 +54,22 @@ func TestConfinement(t *testing.T) {
 	}
 }
 
+// TestAgentSurrenders: what the agent itself no longer has, on any of its threads, also after it has forked.
+func TestAgentSurrenders(t *testing.T) {
+	s := newSandbox(t)
+	threads := s.sh("cat /proc/1/task/*/status")
+	if n := strings.Count(threads, "CapEff:"); n < 3 {
+		t.Fatalf("only %d threads", n)
+	}
+	full := uint64(1)<<len(spec.Capabilities) - 1
+	want := fmt.Sprintf("%016x", full&^(1<<12|1<<19|1<<21))
+	for _, set := range []string{"CapPrm", "CapEff", "CapBnd"} {
+		if got, all := strings.Count(threads, set+":\t"+want+"\n"), strings.Count(threads, set+":"); got != all {
+			t.Errorf("%s: %d of %d threads have %s: %s", set, got, all, want, threads)
+		}
+	}
+}
+
 // capHex is defaultCaps as /proc shows them.
 var capHex = fmt.Sprintf("%016x", 1<<0|1<<1|1<<3|1<<5|1<<6|1<<7|1<<18|1<<27)
 

@@ -163,7 +163,10 @@ func (w *containerWall) enter(config *specs.Spec) (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := harden(config); err != nil {
+	if err := undumpable(); err != nil {
+		return nil, err
+	}
+	if err := surrender(config); err != nil {
 		return nil, err
 	}
 	return root, nil

@@ -2,17 +2,72 @@ package guest
 
 import (
 	"fmt"
+	"runtime"
+	"syscall"
+	"unsafe"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// harden makes the agent a poor target for the workload, before the first of its processes starts.
-func harden(*specs.Spec) error {
-	// Nobody may trace it, read its memory or follow its /proc links. In a container the runtime also gives it a program
-	// file that nobody may read, without which root's /proc/1/fd stays open whatever is set here.
+// surrendered are the capabilities that a container's agent gives up once the container stands, for good and for its
+// stages too, unless the workload has them. They are those that open most of the host's kernel to whoever takes the agent
+// over; giving up each costs a stop of all of the agent's threads, so the harmless rest stays.
+var surrendered = []struct {
+	number uintptr
+	reason string
+}{
+	{unix.CAP_SYS_ADMIN, "mounts are made: nobody may now mount a fresh, unmasked /proc"},
+	{unix.CAP_NET_ADMIN, "loopback is up: packet filters and the like are a large part of the kernel"},
+	{unix.CAP_SYS_PTRACE, "nobody is to be traced"},
+}
+
+// undumpable makes the agent a poor target: nobody may trace it, read its memory or follow its /proc links. In a container
+// the runtime also gives it a program file that nobody may read, without which root's /proc/1/fd stays open whatever is
+// set here.
+func undumpable() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot make the agent undumpable: %w", err)
+	}
+	return nil
+}
+
+// surrender gives up capabilities on every thread of the agent. A guest's agent does not: it shuts the machine down, and
+// the kernel it could attack is its own.
+func surrender(config *specs.Spec) error {
+	var kept capSets
+	if config.Process != nil {
+		var err error
+		if kept, err = newCapSets(config.Process.Capabilities); err != nil {
+			return err
+		}
+	}
+	var gone uint64
+	for _, c := range surrendered {
+		if kept.Bounding&(1<<c.number) != 0 {
+			continue
+		}
+		gone |= 1 << c.number
+		if _, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, c.number, 0, 0, 0, 0); errno != 0 {
+			return fmt.Errorf("cannot drop capability %d: %w", c.number, errno)
+		}
+	}
+	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	data := &[2]unix.CapUserData{}
+	if err := unix.Capget(header, &data[0]); err != nil {
+		return fmt.Errorf("cannot read capabilities: %w", err)
+	}
+	for i := range data {
+		mask := ^uint32(gone >> (32 * i))
+		data[i].Permitted &= mask
+		data[i].Effective &= mask
+		data[i].Inheritable &= mask
+	}
+	_, _, errno := syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(header)), uintptr(unsafe.Pointer(data)), 0)
+	runtime.KeepAlive(header)
+	runtime.KeepAlive(data)
+	if errno != 0 {
+		return fmt.Errorf("cannot give up capabilities: %w", errno)
 	}
 	return nil
 }

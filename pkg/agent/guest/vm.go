@@ -144,8 +144,5 @@ func (w *vmWall) enter(config *specs.Spec) (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := harden(config); err != nil {
-		return nil, err
-	}
-	return root, nil
+	return root, undumpable()
 }
