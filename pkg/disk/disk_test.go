@@ -1,6 +1,8 @@
 package disk
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -234,15 +236,51 @@ func TestAttachLoop(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	// Only now: one that raced for a device kept it open for an instant, and the last to close it frees it.
-	devices, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	// Only now, and not at once: one that raced for a device kept it open for an instant, udev looks at each new one, and
+	// the last to close it frees it.
+	for i := range 12 {
+		if err := WaitDetached(t.Context(), filepath.Join(dir, fmt.Sprint(i))); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A device that stays attached must be seen, or two mounts of one layer follow.
+func TestWaitDetachedSeesTheDevice(t *testing.T) {
+	needRoot(t)
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, d := range devices {
-		if b, err := os.ReadFile(d); err == nil && strings.HasPrefix(string(b), dir) {
-			t.Errorf("%s is still attached after close: %s", d, b)
+	defer f.Close() //nolint:errcheck // a test's
+	loop, err := AttachLoop(f, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(filepath.Dir(path), link); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{path, filepath.Join(link, "disk")} {
+		if err := WaitDetached(ctx, p); !errors.Is(err, context.Canceled) {
+			t.Errorf("WaitDetached(%s) = %v while %s is attached", p, err, loop.Name())
 		}
+	}
+	if err := os.Remove(path); err != nil { // the device keeps the file
+		t.Fatal(err)
+	}
+	if err := WaitDetached(ctx, path); !errors.Is(err, context.Canceled) {
+		t.Errorf("WaitDetached of a deleted file = %v", err)
+	}
+	_ = loop.Close()
+	if err := WaitDetached(t.Context(), path); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -326,7 +326,7 @@ func TestFailedStartLeavesNothing(t *testing.T) {
 		"agent is no program":   {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/etc/passwd" }, "namespaces", "exec format error"},
 		"agent ends":            {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/bin/false" }, "agent", "agent has ended"},
 		"agent says something":  {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/bin/cat" }, "agent", "No such file"},
-		"agent says nothing":    {func(h *host, _ *spec.Sandbox) { h.config.Agent = sleeper(t) }, "agent", "deadline exceeded"},
+		"agent says nothing":    {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/usr/bin/yes" }, "agent", "deadline exceeded"},
 		"image is no image":     {func(_ *host, s *spec.Sandbox) { s.ImagePath = garbage }, "root file system", "erofs"},
 		"image is a directory":  {func(_ *host, s *spec.Sandbox) { s.ImagePath = "/" }, "", "regular file"},
 		"image is not there":    {func(_ *host, s *spec.Sandbox) { s.ImagePath = "/nonexistent" }, "", "no such file"},
@@ -349,22 +349,6 @@ func TestFailedStartLeavesNothing(t *testing.T) {
 			}
 		})
 	}
-}
-
-// sleeper is an agent that never answers.
-func sleeper(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "sleeper.go")
-	bin := strings.TrimSuffix(path, ".go")
-	if err := os.WriteFile(path, []byte("package main\nimport \"time\"\nfunc main() { time.Sleep(time.Hour) }\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", bin, path)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v: %s", err, out)
-	}
-	return bin
 }
 
 func TestFailedStartKeepsAnOlderLayer(t *testing.T) {
