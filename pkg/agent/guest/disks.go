@@ -44,6 +44,10 @@ func (w *vmWall) mountRoot() (*os.File, error) {
 			return nil, err
 		}
 	}
+	var err error
+	if w.disk, err = openDir(diskDir); err != nil {
+		return nil, err
+	}
 	overlay := mountOptions{
 		attrs: unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RELATIME,
 		data:  []string{"lowerdir=" + imageDir, "upperdir=" + diskDir + "/upper", "workdir=" + diskDir + "/work"},
@@ -52,6 +56,26 @@ func (w *vmWall) mountRoot() (*os.File, error) {
 		return nil, err
 	}
 	return openDir(rootDir)
+}
+
+// settleDisk makes the writable layer's file system read-only, so that everything is on the drive and the file system says
+// of itself that it was left in order. It can't be unmounted: the agent lives in the overlay over it.
+func (w *vmWall) settleDisk() error {
+	if w.disk == nil {
+		return nil
+	}
+	fs, err := unix.Fspick(int(w.disk.Fd()), "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("cannot pick the writable layer: %w", err)
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigSetFlag(fs, "ro"); err != nil {
+		return fsError(fs, "ext4", err)
+	}
+	if err := unix.FsconfigReconfigure(fs); err != nil {
+		return fmt.Errorf("cannot make the writable layer read-only: %w", fsError(fs, "ext4", err))
+	}
+	return nil
 }
 
 // readonlyData makes the file system itself read-only, not only this mount of it: EROFS insists where the drive is.

@@ -58,7 +58,8 @@ func runVM() error {
 		return err
 	}
 	w := &vmWall{pidOne: newPidOne(), boot: boot}
-	return serveAsPidOne(newService(w), w.pidOne, newDialListener(dialHost(boot.VsockPort), spec.Preface(token)))
+	err = serveAsPidOne(newService(w), w.pidOne, newDialListener(dialHost(boot.VsockPort), spec.Preface(token)))
+	return errors.Join(err, w.settleDisk())
 }
 
 func mountInInitramfs(fstype, target string, attrs uint64) error {
@@ -115,6 +116,7 @@ func parseBoot(b []byte) (*spec.VMBoot, [spec.TokenLen]byte, error) {
 type vmWall struct {
 	pidOne
 	boot *spec.VMBoot
+	disk *os.File // the writable layer's root; nil before the container is entered
 }
 
 // configure implements wall.
