@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -32,6 +34,8 @@ const (
 	// agentPids is how many threads the agent may have on top of what the workload may: a Go program has a handful, and one more for each
 	// thread it confines a process on.
 	agentPids = 32
+	// firstInherited is the first descriptor after standard error.
+	firstInherited = 3
 )
 
 // Config is what a Runtime works with. Every field but Logger must be set.
@@ -90,6 +94,11 @@ func New(c Config) (*Runtime, error) {
 		config: c, log: c.Logger.Named(name),
 		mounts: &mounter{}, agent: &agentBinary{path: c.Agent},
 		instances: map[string]*instance{}, trials: map[string]bool{},
+	}
+	// What this process was started with (a shell's or systemd's descriptors) is not for sandboxes; all that Go opens is
+	// marked already.
+	if err := unix.CloseRange(firstInherited, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("cannot keep descriptors from sandboxes: %w", err)
 	}
 	if err := ownDir(r.dir("")); err != nil {
 		return nil, fmt.Errorf("cannot make a container runtime: %w", err)

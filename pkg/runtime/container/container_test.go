@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -404,6 +406,38 @@ func TestLongRunDirectory(t *testing.T) {
 	s := h.sandbox(1)
 	i := mustStart(t, r, s)
 	want(t, i, "echo reached", "reached")
+	mustRemove(t, r, s.ID)
+}
+
+// A descriptor that the daemon was started with must not reach the agent, nor any of its own.
+func TestAgentGetsNoOtherDescriptors(t *testing.T) {
+	h := newHost(t)
+	secret, err := unix.Open(t.TempDir(), unix.O_RDONLY|unix.O_DIRECTORY, 0) // not CLOEXEC
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(secret) //nolint:errcheck // a test's
+	r := h.daemon(t)
+	s := h.sandbox(1)
+	i := mustStart(t, r, s)
+	want(t, i, "echo ok", "ok")
+	dir := fmt.Sprintf("/proc/%d/fd", i.Facts().HostPID)
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) == 0 {
+		t.Fatalf("%v, %v", entries, err)
+	}
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue // of a connection that ended meanwhile
+		}
+		switch {
+		case target == "/dev/null", target == "/memfd:agent-stderr (deleted)", target == "/mnt", // the root's mount
+			strings.HasPrefix(target, "socket:"), strings.HasPrefix(target, "anon_inode:"): // its listener; Go's poller
+		default:
+			t.Errorf("descriptor %s is %s", e.Name(), target)
+		}
+	}
 	mustRemove(t, r, s.ID)
 }
 
