@@ -194,7 +194,7 @@ func (w wall) id(t *testing.T, args ...string) string {
 		t.Fatalf("sandboxctl %s printed %q, want an id of 32 hexadecimal digits", strings.Join(args, " "), r.stdout)
 	}
 	t.Cleanup(func() {
-		if r := w.command("rm", "-f", id).run(); r.code != 0 && !strings.Contains(r.stderr, "not found") {
+		if r := w.command("rm", "-f", id).run(); r.code != 0 && !strings.Contains(r.stderr, "no workload") {
 			t.Errorf("cannot remove %s: exit code %d: %s", id, r.code, r.stderr)
 		}
 	})

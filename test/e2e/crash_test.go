@@ -9,17 +9,21 @@ import (
 )
 
 // A counter that runs while its daemon dies: every number must be in the logs, once, in order.
-const (
-	counterLast   = 99
-	counterScript = `i=0; while [ $i -le 99 ]; do echo $i; i=$((i+1)); sleep 0.1; done; exit 9`
-)
+const counterScript = `i=0; while [ ! -e /stop ]; do echo $i; i=$((i+1)); sleep 0.05; done; echo end $i; exit 9`
 
-func counterOutput() string {
-	var b strings.Builder
-	for i := range counterLast + 1 {
-		fmt.Fprintln(&b, i)
+// wantCounted fails the test unless out is every number from 0 on, and how many they were.
+func wantCounted(t *testing.T, out string) {
+	t.Helper()
+	lines := strings.Split(strings.TrimSuffix(out, "\n"), "\n")
+	last := len(lines) - 1
+	for i, l := range lines[:last] {
+		if l != fmt.Sprint(i) {
+			t.Fatalf("line %d of %d is %q", i+1, len(lines), l)
+		}
 	}
-	return b.String()
+	if lines[last] != fmt.Sprintf("end %d", last) {
+		t.Errorf("%d numbers, and then %q", last, lines[last])
+	}
 }
 
 // While the daemon is away or back again, workloads of both kinds go on and nothing of them is lost.
@@ -68,8 +72,9 @@ func TestDaemonComesBack(t *testing.T) {
 				d.call(t, "logs", sleepers[iso]).wantOut(t, "got after\n")
 			}
 			for _, iso := range isolations {
+				d.call(t, "exec", counters[iso], "touch", "/stop")
 				d.call(t, "wait", counters[iso]).wantOut(t, "9\n")
-				d.call(t, "logs", counters[iso]).wantOut(t, counterOutput())
+				wantCounted(t, d.call(t, "logs", counters[iso]).stdout)
 			}
 			// What came back can be removed and made anew like anything else.
 			for _, iso := range isolations {

@@ -175,7 +175,9 @@ func (d *daemon) kill() error {
 }
 
 // remove ends the daemon and everything it left, and says if that was more than it may leave.
-func (d *daemon) remove() error {
+func (d *daemon) remove() error { return d.removeWithin(settleTimeout) }
+
+func (d *daemon) removeWithin(settle time.Duration) error {
 	var errs []error
 	if d.running() {
 		for _, id := range strings.Fields(d.command("ps", "-a", "-q").run().stdout) {
@@ -184,7 +186,7 @@ func (d *daemon) remove() error {
 		errs = append(errs, d.terminate())
 	}
 	errs = append(errs, d.conn.Close())
-	if left, err := leftAfterDaemon(d); err != nil || len(left) > 0 {
+	if left, err := leftAfterDaemon(d, settle); err != nil || len(left) > 0 {
 		errs = append(errs, err, fmt.Errorf("after daemon %s ended, there is left:\n\t%s", d.name, strings.Join(left, "\n\t")))
 	}
 	return errors.Join(append(errs, os.RemoveAll(d.runDir), os.RemoveAll(d.stateDir))...)

@@ -135,7 +135,7 @@ func TestExecDiesWithItsCaller(t *testing.T) {
 		}
 		cancel()
 		eventually(t, 20*time.Second, "its process is gone", func() (bool, string) {
-			r := w.exec(id, "sh", "-c", `grep -l 601 /proc/[0-9]*/cmdline | grep -v /$$/`).run()
+			r := w.exec(id, "sh", "-c", `grep -l '[s]leep.601' /proc/[0-9]*/cmdline`).run()
 			return r.code != 0, r.stdout
 		})
 	})

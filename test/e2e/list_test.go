@@ -48,7 +48,7 @@ func TestListAndFilter(t *testing.T) {
 		}
 	}
 	table := d.call(t, "ps", "-a").stdout
-	for _, word := range []string{"one", "two", "three", "container", "vm", "created", "running", busybox} {
+	for _, word := range []string{"one", "two", "three", "container", "vm", "created", "up ", busybox} {
 		if !strings.Contains(strings.ToLower(table), word) {
 			t.Errorf("ps does not show %q:\n%s", word, table)
 		}
@@ -92,17 +92,17 @@ func TestListIsPaged(t *testing.T) {
 
 func TestEvents(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		since := time.Now()
 		name := "eventful-" + w.isolation
 		id := w.create(t, "--name", name, busybox, "sh", "-c", "sleep 1; exit 3")
 		w.call(t, "start", id)
-		w.exec(id, "true").run()
-		w.call(t, "wait", id)
-		w.call(t, "rm", id)
+		// The past comes first, then what happens from here on.
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		stream, err := w.workloads().WatchEvents(ctx, &sandboxdv1.WatchEventsRequest{Id: id, Since: timestamppb.New(since.Add(-time.Second))})
+		stream, err := w.workloads().WatchEvents(ctx, &sandboxdv1.WatchEventsRequest{Id: id, Since: timestamppb.New(time.Now().Add(-time.Hour))})
 		must(t, err)
+		w.exec(id, "true").run().want(t, 0)
+		w.call(t, "wait", id)
+		w.call(t, "rm", id)
 		var got []string
 		for !slices.Contains(got, "TYPE_DELETED") {
 			m, err := stream.Recv()

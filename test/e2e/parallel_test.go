@@ -62,7 +62,7 @@ func TestTwoDaemons(t *testing.T) {
 		t.Errorf("one daemon lists %q, the other %q; want two each", a, b)
 	}
 	for _, id := range strings.Fields(a) {
-		other.command("inspect", id).run().wantError(t, 125, "not found")
+		other.command("inspect", id).run().wantError(t, 125, "no workload")
 	}
 	must(t, other.terminate())
 	for _, iso := range isolations {
@@ -73,10 +73,10 @@ func TestTwoDaemons(t *testing.T) {
 		other.call(t, "exec", "same-name-"+iso, "true")
 	}
 	// A third with the directories of a living one is refused.
-	third := *other
-	third.name, third.address, third.logPath = "third", other.address+"2", other.logPath+"2"
-	err := (&third).start()
-	if err == nil || !strings.Contains(err.Error(), "another sandboxd") {
+	third, err := newDaemon("third", "--run-dir", other.runDir, "--state-dir", other.stateDir)
+	must(t, err)
+	if err := third.start(); err == nil || !strings.Contains(err.Error(), "another sandboxd") {
 		t.Errorf("a second daemon on the same directories: %v", err)
 	}
+	must(t, third.remove())
 }

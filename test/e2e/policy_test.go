@@ -106,10 +106,10 @@ func TestPolicyCheck(t *testing.T) {
 	for what, c := range map[string]struct{ from, to, says string }{
 		"unknown field":      {"reason: we wrote it", "reasn: we wrote it", "reasn"},
 		"no such isolation":  {"isolation: vm", "isolation: jail", "jail"},
-		"condition of type":  {`request.labels["origin"] == "ours"'`, `request.labels["origin"]'`, "own-code"},
+		"condition of type":  {`request.labels["origin"] == "ours"'`, `request.labels["origin"]'`, ".yaml:9:"},
 		"unknown name":       {"request.capAdd ||", "request.capsAdd ||", "capsAdd"},
 		"version":            {"version: 1", "version: 9", "version"},
-		"rule decides twice": {"deny: true", "deny: true\n    isolation: vm", "no-raw-sockets"},
+		"rule decides twice": {"deny: true", "deny: true\n    isolation: vm", "both isolation and deny"},
 	} {
 		broken := strings.Replace(testPolicy, c.from, c.to, 1)
 		if broken == testPolicy {

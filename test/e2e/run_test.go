@@ -53,26 +53,28 @@ func TestProcessIsAsAsked(t *testing.T) {
 		envFile := filepath.Join(t.TempDir(), "env")
 		must(t, os.WriteFile(envFile, []byte("# comment\nFROM_FILE=yes\nBOTH=file\n"), 0o600))
 		for _, c := range []struct {
-			what, want string
-			args       []string
+			what  string
+			flags []string
+			// Its output must be want; the script says as much as it can, since every run in a VM boots one.
+			script, want string
 		}{
-			{"environment", "a b|yes|flag\n", []string{"-e", "SPACED=a b", "--env-file", envFile, "--env", "BOTH=flag", busybox, "sh", "-c", `echo "$SPACED|$FROM_FILE|$BOTH"`}},
-			{"search path by default", "ok\n", []string{busybox, "sh", "-c", `case $PATH in */bin*) echo ok;; *) echo "$PATH";; esac`}},
-			{"user by name, with its groups", "1000 1000 1000 29 50\n", []string{"-u", "app", busybox, "sh", "-c", "echo $(id -u) $(id -g) $(id -G)"}},
-			{"user and group by number", "4711 815\n", []string{"--user", "4711:815", busybox, "sh", "-c", "echo $(id -u) $(id -g)"}},
-			{"user by name, group by name", "1000 50\n", []string{"--user", "app:staff", busybox, "sh", "-c", "echo $(id -u) $(id -g)"}},
-			{"home of the user", "/home/app\n", []string{"-u", "app", busybox, "sh", "-c", "echo $HOME"}},
-			{"working directory", "/var/tmp\n", []string{"-w", "/var/tmp", busybox, "pwd"}},
-			{"working directory that is missing", "/made/for/it\n", []string{"--workdir", "/made/for/it", busybox, "pwd"}},
-			{"host name", "box.example\n", []string{"--hostname", "box.example", busybox, "hostname"}},
-			{"entry point", "entry one two\n", []string{"--entrypoint", "echo", busybox, "entry", "one", "two"}},
-			{"flags of the command", "-v --rm\n", []string{busybox, "echo", "-v", "--rm"}},
+			{"as the image says", nil,
+				`case $PATH in */bin*) echo path;; esac; id -u; pwd; echo "$HOME"`, "path\n0\n/\n/root\n"},
+			{"environment, user by name with its groups, directory, host name",
+				[]string{"-e", "SPACED=a b", "--env-file", envFile, "--env", "BOTH=flag", "-u", "app", "-w", "/var/tmp", "--hostname", "box.example"},
+				`echo "$SPACED|$FROM_FILE|$BOTH"; id -u; id -g; echo $(id -G); echo $HOME; pwd; hostname`,
+				"a b|yes|flag\n1000\n1000\n1000 29 50\n/home/app\n/var/tmp\nbox.example\n"},
+			{"user and group by number, a directory that is missing", []string{"--user", "4711:815", "--workdir", "/made/for/it"},
+				"id -u; id -g; pwd", "4711\n815\n/made/for/it\n"},
+			{"user by name, group by name", []string{"--user", "app:staff"}, "echo $(id -u) $(id -g)", "1000 50\n"},
 		} {
-			r := w.run(c.args...).run()
+			r := w.run(append(c.flags, busybox, "sh", "-c", c.script)...).run()
 			if r.code != 0 || r.stdout != c.want {
 				t.Errorf("%s: exit code %d, wrote %q, want %q; stderr: %s", c.what, r.code, r.stdout, c.want, r.stderr)
 			}
 		}
+		// Flags after the image are the command's.
+		w.run("--entrypoint", "printf", busybox, "%s ", "--rm", "-v").run().wantOut(t, "--rm -v ")
 		w.run("-u", "nobody-knows", busybox, "true").run().wantError(t, 125, "nobody-knows")
 	})
 }
@@ -163,17 +165,18 @@ func TestStop(t *testing.T) {
 
 func TestKill(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		for _, c := range []struct {
-			signal string
-			code   int
-		}{{"", 137}, {"TERM", 143}, {"SIGUSR1", 7}, {"10", 7}} {
-			id := w.start(t, busybox, "sh", "-c", `trap "exit 7" USR1; echo ready; while :; do sleep 0.1; done`)
-			w.waitForLog(t, id, "ready\n")
-			if c.signal == "" {
-				w.call(t, "kill", id)
-			} else {
-				w.call(t, "kill", "--signal", c.signal, id)
-			}
+		// Start and end again and again: a workload may be started anew after each end.
+		id := w.create(t, busybox, "sh", "-c", `trap "echo one; exit 7" USR1; echo ready; while :; do sleep 0.1; done`)
+		for i, c := range []struct {
+			flags []string
+			code  int
+		}{{nil, 137}, {[]string{"--signal", "TERM"}, 143}, {[]string{"--signal", "SIGUSR1"}, 7}, {[]string{"--signal", "10"}, 7}} {
+			w.call(t, "start", id)
+			eventually(t, logTimeout, "it is ready once more", func() (bool, string) {
+				out := w.call(t, "logs", id).stdout
+				return strings.Count(out, "ready\n") == i+1, out
+			})
+			w.call(t, append(append([]string{"kill"}, c.flags...), id)...)
 			w.call(t, "wait", id).wantOut(t, strconv.Itoa(c.code)+"\n")
 		}
 	})
@@ -184,7 +187,7 @@ func TestRemoveRunning(t *testing.T) {
 		id := w.start(t, busybox, "sleep", "600")
 		w.command("rm", id).run().wantError(t, 125, "running")
 		w.call(t, "rm", "-f", id)
-		w.command("inspect", id).run().wantError(t, 125, "not found")
+		w.command("inspect", id).run().wantError(t, 125, "no workload")
 	})
 }
 

@@ -134,11 +134,14 @@ func TestTerminal(t *testing.T) {
 	})
 }
 
-func TestTerminalIsRefusedWithoutOne(t *testing.T) {
-	d := shared
-	d.watch(t)
-	// stdin is a file here: like docker, say so instead of hanging.
-	d.command("run", "-i", "-t", "--isolation", "container", busybox, "true").withStdin(strings.NewReader("x")).run().wantError(t, 125, "terminal")
+// A terminal inside needs none outside: scripts ask for one to see what a person would.
+func TestTerminalWithoutOne(t *testing.T) {
+	both(t, func(t *testing.T, w wall) {
+		r := w.run("-t", busybox, "sh", "-c", "tty; echo to stderr >&2").run()
+		if r.code != 0 || r.stdout != "/dev/pts/0\r\nto stderr\r\n" || r.stderr != "" {
+			t.Errorf("exit code %d, stdout %q, stderr %q; want one stream as a terminal gives it", r.code, r.stdout, r.stderr)
+		}
+	})
 }
 
 func TestAttach(t *testing.T) {
