@@ -25,16 +25,18 @@ const (
 // ownChecks are the daemon's own; the runtimes bring theirs.
 func (s *Server) ownChecks() []runtime.Check {
 	checks := []runtime.Check{s.checkVersion(), checkRoot(), s.checkCgroup(), checkSocket(s.Host.Socket), s.checkPolicy()}
-	for _, d := range []struct{ name, path string }{{"state directory", s.Host.StateDir}, {"run directory", s.Host.RunDir}} {
-		checks = append(checks, checkWritable(d.name, d.path))
-	}
+	checks = append(checks,
+		checkDir("state directory", s.Host.StateDir, 0o077),
+		// The socket's users pass through it; what lies below is 0700.
+		checkDir("run directory", s.Host.RunDir, 0o022),
+	)
 	return append(checks, checkSpace("disk space", s.Host.StateDir))
 }
 
 func (s *Server) checkVersion() runtime.Check {
 	kernel, err := kernelRelease()
 	if err != nil {
-		return failed("version", err, "")
+		return failed("version", err, "look at the kernel's log")
 	}
 	return ok("version", fmt.Sprintf("sandboxd %s (%s), agent protocol %d, kernel %s on %s",
 		s.Host.Version, goruntime.Version(), spec.ProtocolVersion, kernel, goruntime.GOARCH))
@@ -87,23 +89,23 @@ func (s *Server) checkPolicy() runtime.Check {
 	return ok(name, fmt.Sprintf("%s: %d rules, otherwise %s (%s)", s.Host.PolicyFile, len(s.Policy.Rules()), s.Policy.Default(), s.Policy.Digest()))
 }
 
-// checkWritable makes and removes a file: the only proof that holds for read-only mounts and quotas too.
-func checkWritable(name, path string) runtime.Check {
+// checkDir makes and removes a file, the only proof that holds for read-only mounts and quotas too, and looks whether
+// others have permissions they must not have.
+func checkDir(name, path string, forbidden fs.FileMode) runtime.Check {
 	f, err := os.CreateTemp(path, ".doctor-*")
 	if err != nil {
 		return failed(name, err, "make "+path+" writable for root")
 	}
-	err = errors.Join(f.Close(), os.Remove(f.Name()))
-	if err != nil {
+	if err := errors.Join(f.Close(), os.Remove(f.Name())); err != nil {
 		return failed(name, err, "make "+path+" writable for root")
 	}
 	info, err := os.Stat(path)
 	if err != nil {
-		return failed(name, err, "")
+		return failed(name, err, "make "+path+" again and restart sandboxd")
 	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return runtime.Check{Name: name, Result: "failed", Finding: fmt.Sprintf("%s has mode %04o: others can look into it", path, info.Mode().Perm()),
-			Advice: "run chmod 0700 " + path}
+	if bad := info.Mode().Perm() & forbidden; bad != 0 {
+		return runtime.Check{Name: name, Result: "failed", Finding: fmt.Sprintf("%s has mode %04o: others can do there what only root should", path, info.Mode().Perm()),
+			Advice: fmt.Sprintf("run chmod %04o %s", info.Mode().Perm()&^forbidden, path)}
 	}
 	return ok(name, path+" is writable")
 }
@@ -111,7 +113,7 @@ func checkWritable(name, path string) runtime.Check {
 func checkSpace(name, path string) runtime.Check {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
-		return failed(name, fmt.Errorf("cannot read the free space of %s: %w", path, err), "")
+		return failed(name, fmt.Errorf("cannot read the free space of %s: %w", path, err), "look at the kernel's log: its disk may be failing")
 	}
 	free := st.Bavail * uint64(st.Bsize)
 	c := ok(name, fmt.Sprintf("%.1f GiB free in %s", float64(free)/(1<<30), path))
