@@ -164,6 +164,9 @@ func boundaries(profile *specs.LinuxSeccomp, name string) [][maxArgs]uint64 {
 		backgrounds = append(backgrounds, satisfied)
 	}
 	out := slices.Clone(backgrounds)
+	if !slices.ContainsFunc(profile.Syscalls, func(r specs.LinuxSyscall) bool { return len(r.Args) > 1 && slices.Contains(r.Names, name) }) {
+		backgrounds = backgrounds[:2] // no rule looks at two arguments, so the others need not be satisfied too
+	}
 	for _, c := range conditions {
 		values := []uint64{0, 1, ^uint64(0), 1 << 31, 1 << 32, 1<<32 - 1}
 		for _, v := range []uint64{c.Value, c.ValueTwo} {
