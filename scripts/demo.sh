@@ -63,10 +63,23 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold='' plain=''
+if [[ -t 1 ]]; then
+	bold=$'\e[1m' plain=$'\e[0m'
+fi
+heading() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 # show COMMAND...: as one would type it, then its output.
+# shellcheck disable=SC2016  # what is said is not done
 show() {
-	printf '$ sandboxctl %s\n' "${*/"$program"/\"\$(cat scripts/demo.py)\"}"
+	local word line='$ sandboxctl'
+	for word in "$@"; do
+		case $word in
+		"$program") line+=' "$(cat scripts/demo.py)"' ;;
+		*' '*) line+=" '$word'" ;;
+		*) line+=" $word" ;;
+		esac
+	done
+	printf '%s\n' "$line"
 	ctl "$@" | indent
 }
 indent() { sed 's/^/  /'; }
@@ -86,8 +99,9 @@ timeout --kill-after=5 "$IMPORT_SECONDS" bin/sandboxctl image import --name debi
 show image ls
 
 heading "One policy: who wrote the code decides"
-show policy explain --label origin=ours debian:12
-show policy explain --label origin=stranger debian:12
+for origin in ours stranger; do
+	show policy explain --label "origin=$origin" debian:12 | grep -E '^(\$|  (granted|rule|reason) )'
+done
 
 heading "One request, two labels"
 for origin in ours stranger; do
@@ -106,7 +120,7 @@ printf 'the host, to compare\n  kernel    %s\n  boot id   %s\n' "$(uname -r)" "$
 heading "Into both"
 for origin in ours stranger; do
 	# shellcheck disable=SC2016  # for the shell in the sandbox
-	show exec "$origin" sh -c 'echo "pid 1 is $(cat /proc/1/comm), we are $(whoami) on $(uname -r)"'
+	show exec "$origin" sh -c 'echo "$(whoami) at $(hostname), process $$ of $(ls -d /proc/[1-9]* | wc -l), kernel $(uname -r)"'
 done
 show ps
 show stats --no-stream

@@ -247,10 +247,6 @@ func (d *daemon) workloads() sandboxdv1.WorkloadServiceClient {
 	return sandboxdv1.NewWorkloadServiceClient(d.conn)
 }
 
-func (d *daemon) images() sandboxdv1.ImageServiceClient {
-	return sandboxdv1.NewImageServiceClient(d.conn)
-}
-
 // children are the processes that the test itself started and waits for. Others that turn up as its children are
 // orphans of a daemon, adopted; see adoptOrphans.
 var children = struct {

@@ -61,10 +61,10 @@ func look(d *daemon) (snapshot, error) {
 	return s, nil
 }
 
-// newSince names what is in s and was not in before.
-func (s snapshot) newSince(before snapshot) []string {
+// newIn names what is there after and was not before.
+func (before snapshot) newIn(after snapshot) []string {
 	var found []string
-	for kind, things := range s {
+	for kind, things := range after {
 		for thing := range things {
 			if !before[kind][thing] {
 				found = append(found, kind+": "+thing)
@@ -84,7 +84,7 @@ func (before snapshot) leaks(d *daemon, within time.Duration) ([]string, error) 
 		if err != nil {
 			return nil, err
 		}
-		found := after.newSince(before)
+		found := before.newIn(after)
 		if len(found) == 0 || time.Now().After(deadline) {
 			return found, nil
 		}
