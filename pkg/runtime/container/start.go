@@ -44,6 +44,8 @@ type start struct {
 	image    *image
 
 	instance *instance
+
+	beside chan error // of a step that runs beside the others
 }
 
 // step is one thing a start does.
@@ -52,19 +54,30 @@ type step struct {
 	run  func(*start, context.Context) error
 	// For Probe: what the host lacks when this step fails, and what to do.
 	advice string
+	// Runs beside the steps after it, up to the first that awaits it.
+	beside bool
+	awaits bool
 }
 
-// steps make a sandbox, in this order. The agent is forked early: while its runtime initialises, the daemon makes the
-// root file system on another processor.
+// steps make a sandbox, in this order. What takes long goes side by side: the layer is made while the agent is forked, the
+// root file system while the agent's runtime initialises.
 var steps = []step{
-	{"record", (*start).writeRecord, "check that the run directory is on a writable file system"},
-	{"ids", (*start).allocateIDs, "check the directory of id ranges, and remove sandboxes that nobody needs"},
-	{"cgroup", (*start).makeGroup, "mount cgroup2 on /sys/fs/cgroup with the controllers cpu, memory and pids, or run sandboxd outside of a container that hides them"},
-	{"socket", (*start).makeSocket, "check that the run directory is on a file system that has sockets"},
-	{"namespaces", (*start).spawn, "allow user namespaces: sysctl user.max_user_namespaces must be above 0; run sandboxd as root"},
-	{"writable layer", (*start).attachLayer, "install e2fsprogs, load the kernel modules loop and ext4, check free space in the state directory"},
-	{"root file system", (*start).buildRoot, "use kernel 6.1 or newer with the modules erofs and overlay"},
-	{"agent", (*start).introduce, "check that sandbox-agent and sandboxd are of the same version"},
+	{name: "record", run: (*start).writeRecord,
+		advice: "check that the run directory is on a writable file system"},
+	{name: "writable layer", run: (*start).attachLayer, beside: true,
+		advice: "install e2fsprogs, load the kernel modules loop and ext4, check free space in the state directory"},
+	{name: "ids", run: (*start).allocateIDs,
+		advice: "check the directory of id ranges, and remove sandboxes that nobody needs"},
+	{name: "cgroup", run: (*start).makeGroup,
+		advice: "mount cgroup2 on /sys/fs/cgroup with the controllers cpu, memory and pids, or run sandboxd outside of a container that hides them"},
+	{name: "socket", run: (*start).makeSocket,
+		advice: "check that the run directory is on a file system that has sockets"},
+	{name: "namespaces", run: (*start).spawn,
+		advice: "allow user namespaces: sysctl user.max_user_namespaces must be above 0; run sandboxd as root"},
+	{name: "root file system", run: (*start).buildRoot, awaits: true,
+		advice: "use kernel 6.1 or newer with the modules erofs and overlay"},
+	{name: "agent", run: (*start).introduce,
+		advice: "check that sandbox-agent and sandboxd are of the same version"},
 }
 
 // stepError says which step failed.
@@ -104,21 +117,51 @@ func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File) (*ins
 	st := &start{r: r, s: s, imageFile: img}
 	defer st.close()
 	for _, step := range steps {
-		err := ctx.Err()
-		if err == nil {
-			err = step.run(st, ctx)
+		if err := st.do(ctx, step); err != nil {
+			return nil, errors.Join(err, st.undo(ctx))
 		}
-		if err == nil {
-			continue
-		}
-		err = &stepError{step.name, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)}
-		return nil, errors.Join(err, st.undo(ctx))
 	}
 	return st.instance, nil
 }
 
+// do runs one step, or begins it if it runs beside others. Its error says which step failed.
+func (st *start) do(ctx context.Context, s step) error {
+	if s.awaits {
+		if err := st.await(); err != nil {
+			return err
+		}
+	}
+	run := func() error {
+		err := ctx.Err()
+		if err == nil {
+			err = s.run(st, ctx)
+		}
+		if err != nil {
+			return &stepError{s.name, fmt.Errorf("cannot start sandbox %s: %w", st.s.ID, err)}
+		}
+		return nil
+	}
+	if !s.beside {
+		return run()
+	}
+	st.beside = make(chan error, 1)
+	go func() { st.beside <- run() }() // await, which undo calls too, waits for it
+	return nil
+}
+
+// await waits for the step that runs beside the others, if one does.
+func (st *start) await() error {
+	if st.beside == nil {
+		return nil
+	}
+	err := <-st.beside
+	st.beside = nil
+	return err
+}
+
 // undo leaves nothing of a failed start, and a layer that was there before.
 func (st *start) undo(ctx context.Context) error {
+	_ = st.await() // the first error counts
 	if st.agent != nil {
 		st.agent.abandon()
 		st.agent = nil
