@@ -75,7 +75,7 @@ func TestRefusedInside(t *testing.T) {
 // What a workload can see of the world around it.
 func TestSeesOnlyItself(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, "--cap-add", "SYS_PTRACE", busybox, "sleep", "600")
+		id := w.start(t, busybox, "sleep", "600")
 		for _, c := range []struct{ what, script, want string }{
 			{"no network but its own loopback", "echo $(ls /sys/class/net)", "lo\n"},
 			{"loopback is up", "ip -o addr show lo | grep -c 127.0.0.1", "1\n"},
@@ -122,6 +122,15 @@ func TestUlimit(t *testing.T) {
 		w.run("--ulimit", "nofile=100:200", "--ulimit", "core=0", busybox, "sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c").run().wantOut(t, "100\n200\n0\n")
 		w.command("create", "--isolation", w.isolation, "--ulimit", "nonsense=1", busybox, "true").run().wantError(t, 125, "nonsense")
 	})
+}
+
+// In a container not even who may trace others can look into the agent: its program is a file that nobody may read. (In a
+// VM the agent is as exposed to CAP_SYS_PTRACE as any init, and what it could give away is the guest's own.)
+func TestAgentIsClosedToTracers(t *testing.T) {
+	w := wall{shared, "container"}
+	w.watch(t)
+	r := w.run("--cap-add", "SYS_PTRACE", busybox, "sh", "-c", "ls /proc/1/fd 2>/dev/null | wc -l; readlink /proc/1/exe || echo refused").run()
+	r.wantOut(t, "0\nrefused\n")
 }
 
 // The kernel inside is the host's, or it is not: the two walls' one great difference.
