@@ -152,6 +152,7 @@ func (a *archive) findOCI(ctx context.Context, want string) (*source, []string, 
 	}
 	for i := range s.layers {
 		l := &s.layers[i]
+		l.open = nil // it would keep the archive's index in memory
 		if l.raw, err = a.file("blobs/sha256/" + strings.TrimPrefix(l.digest, digestPrefix)); err != nil {
 			return nil, nil, err
 		}

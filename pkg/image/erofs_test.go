@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	if helper == "" {
 		os.Exit(m.Run())
 	}
-	err := map[string]func(args []string) error{"walk": walkHelper, "full": fullHelper}[helper](os.Args[1:])
+	err := map[string]func(args []string) error{"walk": walkHelper, "full": fullHelper, "kill": killHelper}[helper](os.Args[1:])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

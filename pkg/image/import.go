@@ -54,6 +54,9 @@ type importer struct {
 	budget   *budget
 	progress *reporter
 
+	// Whether this import has the right that enter gives.
+	merging bool
+
 	mu     sync.Mutex // guards spools: layers are unpacked concurrently
 	spools []*os.File
 }
@@ -63,6 +66,7 @@ func (s *Store) newImporter(ctx context.Context, progress func(Progress)) *impor
 }
 
 func (im *importer) release() {
+	im.leave()
 	for _, f := range im.spools {
 		f.Close()
 	}
@@ -79,9 +83,40 @@ func (im *importer) spool() (*os.File, error) {
 	return f, nil
 }
 
+// enter waits for the right to hold a tree in memory, which one import at a time has. It may be called again; leave or
+// release gives the right back. Locks of digests are taken before it, never after.
+func (im *importer) enter() error {
+	if im.merging {
+		return nil
+	}
+	select {
+	case im.building <- struct{}{}:
+		im.merging = true
+		return nil
+	case <-im.ctx.Done():
+		return context.Cause(im.ctx)
+	}
+}
+
+func (im *importer) leave() {
+	if im.merging {
+		<-im.building
+		im.merging = false
+	}
+}
+
 func (im *importer) importArchive(r io.Reader, want string) (Image, error) {
 	tar, digest, err := im.receive(r)
 	if err != nil {
+		return Image{}, err
+	}
+	// A root file system's digest is its archive's. For an image in an archive this lock is needless and harms nobody.
+	unlock, err := im.digests.lock(im.ctx, digest)
+	if err != nil {
+		return Image{}, err
+	}
+	defer unlock()
+	if err := im.enter(); err != nil {
 		return Image{}, err
 	}
 	entries, err := readLayer(im.ctx, tar, im.budget, im.spool)
@@ -96,17 +131,7 @@ func (im *importer) importArchive(r io.Reader, want string) (Image, error) {
 		return Image{}, err
 	}
 	if a == nil {
-		if want == "" {
-			return Image{}, errNoName
-		}
-		if err := checkEnd(tar); err != nil {
-			return Image{}, err
-		}
-		config := configFile{platform: platformOS + "/" + platformArch}
-		return im.install(digest, config, []string{want}, func() (*tree, error) {
-			t := newTree(im.budget)
-			return t, t.apply(im.ctx, entries)
-		})
+		return im.importRoot(tar, digest, entries, want)
 	}
 	src, names, err := a.find(im.ctx, want)
 	if err != nil {
@@ -115,10 +140,32 @@ func (im *importer) importArchive(r io.Reader, want string) (Image, error) {
 	if want != "" {
 		names = []string{want}
 	}
-	if len(names) == 0 {
+	switch {
+	case len(names) == 0:
+		return Image{}, errNoName
+	case len(names) > maxNames:
+		return Image{}, invalidf("it has %d names, more than %d", len(names), maxNames)
+	}
+	im.leave()
+	return im.installSource(src, names)
+}
+
+// maxNames is how many names an archive may give an image.
+const maxNames = 128
+
+// importRoot makes an image of the files of a root file system. The caller holds the lock of its digest.
+func (im *importer) importRoot(tar section, digest string, entries []entry, name string) (Image, error) {
+	if name == "" {
 		return Image{}, errNoName
 	}
-	return im.installSource(src, names)
+	if err := checkEnd(tar); err != nil {
+		return Image{}, err
+	}
+	config := configFile{platform: platformOS + "/" + platformArch}
+	return im.installLocked(digest, config, []string{name}, func() (*tree, error) {
+		t := newTree(im.budget)
+		return t, t.apply(im.ctx, entries)
+	})
 }
 
 // checkEnd refuses a tar without the zeros that mark its end. Readers of tars take it, and nobody would notice that half a
@@ -195,6 +242,9 @@ func (im *importer) installSource(src *source, names []string) (Image, error) {
 		if err := group.Wait(); err != nil {
 			return nil, err
 		}
+		if err := im.enter(); err != nil {
+			return nil, err
+		}
 		t := newTree(im.budget)
 		for i, tar := range tars {
 			entries, err := readLayer(im.ctx, tar, im.budget, im.spool)
@@ -209,26 +259,25 @@ func (im *importer) installSource(src *source, names []string) (Image, error) {
 	})
 }
 
-// install makes digest an image of the store under names. If it is one already, it only gets the names; make is called if
-// it is not, while no other import of the same digest runs.
+// install is installLocked for who does not hold the digest's lock.
 func (im *importer) install(digest string, config configFile, names []string, make func() (*tree, error)) (Image, error) {
 	unlock, err := im.digests.lock(im.ctx, digest)
 	if err != nil {
 		return Image{}, err
 	}
 	defer unlock()
+	return im.installLocked(digest, config, names, make)
+}
+
+// installLocked makes digest an image of the store under names. If it is one already, it only gets the names; make is
+// called, and must enter, if it is not.
+func (im *importer) installLocked(digest string, config configFile, names []string, make func() (*tree, error)) (Image, error) {
 	if image, ok, err := im.tag(digest, names); err != nil || ok {
 		return image, err
 	}
 	t, err := make()
 	if err != nil {
 		return Image{}, err
-	}
-	select {
-	case im.building <- struct{}{}:
-		defer func() { <-im.building }()
-	case <-im.ctx.Done():
-		return Image{}, context.Cause(im.ctx)
 	}
 	tmp, err := im.build(t, digest)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os/exec"
 	"slices"
@@ -260,6 +261,9 @@ func TestMalformedImages(t *testing.T) {
 		{"docker: Windows", docker(config(func(c *v1.ConfigFile) { c.OS = "windows" }), layer), spec.KindUnsupported, "windows"},
 		{"docker: NUL in the environment", docker(config(func(c *v1.ConfigFile) { c.Config.Env = []string{"A=\x00"} }), layer), spec.KindInvalid, "NUL"},
 
+		{"docker: huge labels", docker(config(func(c *v1.ConfigFile) { c.Config.Labels = map[string]string{"x": strings.Repeat("x", 600<<10)} }), layer),
+			spec.KindInvalid, "512 KiB"},
+
 		{"OCI: no layers", manifest(func(_ *layout, m *v1.Manifest) { m.Layers = nil }), spec.KindInvalid, "no layers"},
 		{"OCI: unknown media type of a layer", manifest(func(_ *layout, m *v1.Manifest) { m.Layers[0].MediaType = "application/x-evil" }), spec.KindInvalid, "application/x-evil"},
 		{"OCI: foreign layer", manifest(func(_ *layout, m *v1.Manifest) { m.Layers[0].MediaType = types.DockerForeignLayer }), spec.KindInvalid, "not distributed"},
@@ -320,6 +324,17 @@ func nestedIndexes(t testing.TB) []byte {
 func deepByLinks(t testing.TB) []byte {
 	deep := strings.Repeat("d/", 1000)
 	return makeTar(t, dirEntry(deep), symlinkEntry("l1", deep), dirEntry("l1/"+deep), symlinkEntry("l2", deep+deep), dirEntry("l2/"+deep))
+}
+
+func TestNamesAreBounded(t *testing.T) {
+	tags := make([]string, maxNames+1)
+	for i := range tags {
+		tags[i] = fmt.Sprintf("x:%d", i)
+	}
+	s := newStore(t)
+	_, err := s.Import(t.Context(), bytes.NewReader(dockerArchive(t, testConfig(simpleLayer(t)), tags, simpleLayer(t))), "")
+	wantKind(t, err, spec.KindInvalid, "129 names")
+	wantEmpty(t, s)
 }
 
 func TestNamesAreRequiredAndChecked(t *testing.T) {

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -269,13 +270,16 @@ func parseConfig(raw []byte) (configFile, error) {
 			Labels:     f.Config.Labels,
 		},
 	}
+	if c.created.Year() < 1 {
+		c.created = time.Time{} // no API can say it
+	}
 	for _, h := range f.RootFS.DiffIDs {
 		if !isDigest(h.String()) {
 			return configFile{}, invalidf("its configuration names the layer %s, which is not a sha256 digest", quote(h.String()))
 		}
 		c.diffIDs = append(c.diffIDs, h.String())
 	}
-	return c, errors.Join(checkPlatform(f, &c), checkStrings(c.image))
+	return c, cmp.Or(checkPlatform(f, &c), checkStrings(c))
 }
 
 // checkPlatform refuses what this host cannot run. Old images say nothing.
@@ -293,14 +297,25 @@ func checkPlatform(f *v1.ConfigFile, c *configFile) error {
 	return nil
 }
 
+// maxConfig bounds what of a configuration is kept and sent to callers, who take messages of 4 MiB.
+const maxConfig = 512 << 10
+
 // checkStrings refuses what could never be passed to a process.
-func checkStrings(c spec.ImageConfig) error {
-	for _, list := range [][]string{c.Entrypoint, c.Command, c.Env, {c.User, c.WorkingDir, c.StopSignal}} {
+func checkStrings(c configFile) error {
+	i, size := c.image, len(c.platform)
+	for _, list := range [][]string{i.Entrypoint, i.Command, i.Env, {i.User, i.WorkingDir, i.StopSignal}} {
 		for _, s := range list {
+			size += len(s)
 			if strings.ContainsRune(s, 0) {
 				return invalidf("its configuration has a NUL in %s", quote(s))
 			}
 		}
+	}
+	for key, value := range i.Labels {
+		size += len(key) + len(value)
+	}
+	if size > maxConfig {
+		return invalidf("its configuration has more than %d KiB of environment, commands and labels", maxConfig>>10)
 	}
 	return nil
 }

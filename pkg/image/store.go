@@ -58,7 +58,7 @@ type Store struct {
 
 	// One import per digest at a time: the second finds the first's image.
 	digests keyedLocks
-	// One EROFS file is written at a time: it takes memory (limits.memory) and all of a disk's speed.
+	// Held by the one import that has a tree in memory (limits.memory) and writes its file. See importer.enter.
 	building chan struct{}
 
 	// ctx ends imports under way when the store is closed; using counts them.
