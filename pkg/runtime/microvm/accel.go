@@ -173,7 +173,7 @@ func (r *Runtime) tryKVM(ctx context.Context, g *guest) (kvmVerdict, error) {
 	}
 	if err != nil {
 		return kvmVerdict{Tried: true,
-			Reason: fmt.Sprintf("%s opens, but a guest did not come up under it within %v (%v)", kvmDevice, kvmTrial, err),
+			Reason: fmt.Sprintf("%s opens, but a guest that was tried did not come up under it (%v)", kvmDevice, err),
 			Advice: "run on hardware, or on a hypervisor whose nested virtualization works"}, nil
 	}
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)

@@ -28,8 +28,8 @@ const (
 	undoTimeout = 20 * time.Second
 	// maxVMMPids bounds QEMU's threads and the helper's: one per CPU, up to 64 for disk I/O, a handful more.
 	maxVMMPids = 256
-	// minGuestMemory is what Debian's kernel with our initramfs was seen to need, 44 MiB, and something to work with.
-	minGuestMemory = 64 << 20
+	// minGuestMemory is a little more than the 80 MiB with which Debian's cloud kernel and our initramfs were seen to boot.
+	minGuestMemory = 96 << 20
 	// maxCPUs is what QEMU's microvm machine takes.
 	maxCPUs = 255
 )
