@@ -15,7 +15,11 @@ import (
 const (
 	// maxCallBytes is the most data of one call: agent.proto.
 	maxCallBytes = 1 << 20
-	// maxChunks bounds the pieces of one answer. The agent's own bookkeeping lets it have 16 Ki of them at most.
+	// readBytes is how much output is asked for at once: a quarter of what the agent keeps, so that the process goes on
+	// writing while it travels. Larger answers cost more than they save (64 MiB took 0.50 s of processor time in pieces
+	// of 256 KiB, 0.63 s in pieces of 1 MiB).
+	readBytes = 256 << 10
+	// maxChunks bounds the pieces of one answer. The agent's own bookkeeping lets it keep 16 Ki of them at most.
 	maxChunks = 32 << 10
 	// maxClockLead is how far ahead of the host's clock an agent's may be.
 	maxClockLead = 5 * time.Minute

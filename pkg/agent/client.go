@@ -146,6 +146,9 @@ func (c *Client) connect(ctx context.Context) (*ttrpc.Client, error) {
 // call runs attempt until it gets an answer, a refusal included. limit bounds each attempt. The error is a spec.Error, or
 // ctx's.
 func (c *Client) call(ctx context.Context, limit time.Duration, attempt func(context.Context, agentv1.AgentServiceService) error) error {
+	if gone := c.gone(); gone != nil {
+		return gone
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := context.AfterFunc(c.ctx, cancel)

@@ -60,6 +60,7 @@ type sandbox struct {
 	*agent.Client
 	t      testing.TB
 	socket string
+	pid    int
 	done   chan struct{}
 	state  *os.ProcessState // set when done is closed
 	base   *specs.Process
@@ -144,6 +145,7 @@ func bootSandbox(t testing.TB) *sandbox {
 		t.Fatal(err)
 	}
 	theirs.Close()
+	s.pid = cmd.Process.Pid
 	go func() {
 		_ = cmd.Wait()
 		s.state = cmd.ProcessState

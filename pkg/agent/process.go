@@ -32,12 +32,12 @@ func (p *Process) ReadOutput(ctx context.Context, offset uint64) ([]Chunk, bool,
 	var eof bool
 	err := p.client.poll(ctx, func(ctx context.Context, agent agentv1.AgentServiceService) (bool, error) {
 		r, err := agent.ReadOutput(ctx, &agentv1.ReadOutputRequest{
-			ProcessId: p.ID, Offset: offset, MaxBytes: maxCallBytes, WaitMs: uint32(pollTime.Milliseconds()),
+			ProcessId: p.ID, Offset: offset, MaxBytes: readBytes, WaitMs: uint32(pollTime.Milliseconds()),
 		})
 		if err != nil {
 			return false, err
 		}
-		chunks, eof, err = chunksOf(r, maxCallBytes)
+		chunks, eof, err = chunksOf(r, readBytes)
 		return eof || len(chunks) > 0, err
 	})
 	if err != nil {
