@@ -32,15 +32,15 @@ type peers struct {
 // hostBase is where the peers' user namespaces begin on the host.
 const hostBase = 1 << 20
 
-func newPeers(ctx context.Context, o options, d *daemon, dir string) (*peers, error) {
-	p := &peers{dir: filepath.Join(dir, "peers"), rootfs: filepath.Join(dir, "peers", "rootfs")}
+func newPeers(ctx context.Context, b *bench) (*peers, error) {
+	p := &peers{dir: filepath.Join(b.dir, "peers"), rootfs: filepath.Join(b.dir, "peers", "rootfs")}
 	if err := os.MkdirAll(p.rootfs, 0o755); err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(dir, 0o755); err != nil {
+	if err := os.Chmod(b.dir, 0o755); err != nil {
 		return nil, err
 	}
-	if err := command(ctx, "tar", "-C", p.rootfs, "--numeric-owner", "-xf", filepath.Join(o.cache, "images/busybox.tar")); err != nil {
+	if err := command(ctx, "tar", "-C", p.rootfs, "--numeric-owner", "-xf", filepath.Join(b.cache, "images/busybox.tar")); err != nil {
 		return nil, err
 	}
 	for _, sub := range []string{"proc", "sys", "dev", "tmp"} {
@@ -51,11 +51,11 @@ func newPeers(ctx context.Context, o options, d *daemon, dir string) (*peers, er
 	if err := command(ctx, "chown", "-R", fmt.Sprintf("%d:%d", hostBase, hostBase), p.rootfs); err != nil {
 		return nil, err
 	}
-	id, err := d.create(ctx, container, "true")
+	id, err := b.d.create(ctx, container, "true")
 	if err != nil {
 		return nil, err
 	}
-	c, err := d.workloads.GetOCIConfig(ctx, &sandboxdv1.GetOCIConfigRequest{Id: id})
+	c, err := b.d.workloads.GetOCIConfig(ctx, &sandboxdv1.GetOCIConfigRequest{Id: id})
 	if err != nil {
 		return nil, err
 	}
@@ -63,12 +63,13 @@ func newPeers(ctx context.Context, o options, d *daemon, dir string) (*peers, er
 		return nil, err
 	}
 	p.adapt()
-	return p, d.delete(ctx, id)
+	return p, b.d.delete(ctx, id)
 }
 
 // adapt makes of our config one that crun and runc take on a host without CAP_SYS_RESOURCE.
 func (p *peers) adapt() {
 	c := &p.config
+	c.Version = "1.0.2" // what crun 1.8 knows; nothing newer is used
 	c.Root = &specs.Root{Path: p.rootfs}
 	c.Process.Terminal = false
 	c.Process.User = specs.User{}
@@ -147,8 +148,8 @@ func (p *peers) podmanArgs(verb ...string) []string {
 
 var podmanLimits = []string{"--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"}
 
-func (p *peers) podman(ctx context.Context, o options) (subject, error) {
-	if err := command(ctx, "podman", p.podmanArgs("import", filepath.Join(o.cache, "images/busybox.tar"), "bench")...); err != nil {
+func (p *peers) podman(ctx context.Context, b *bench) (subject, error) {
+	if err := command(ctx, "podman", p.podmanArgs("import", filepath.Join(b.cache, "images/busybox.tar"), "bench")...); err != nil {
 		return subject{}, err
 	}
 	return subject{name: "podman run (runc)", includes: "image store, conmon, OCI runtime, removal", do: func(ctx context.Context, c string) (int, error) {
@@ -157,12 +158,8 @@ func (p *peers) podman(ctx context.Context, o options) (subject, error) {
 	}}, nil
 }
 
-func benchContainers(ctx context.Context, o options, d *daemon, dir string) ([]row, error) {
-	p, err := newPeers(ctx, o, d, dir)
-	if err != nil {
-		return nil, err
-	}
-	defer p.clean()
+func benchContainers(ctx context.Context, b *bench) ([]row, error) {
+	d, p := b.d, b.p
 	subjects := []subject{{
 		name: "sandboxd container", includes: "gRPC create, start, wait, delete; cgroup, namespaces, size-limited layer, seccomp, durable record",
 		do: func(ctx context.Context, c string) (int, error) { return d.run(ctx, container, c) },
@@ -177,19 +174,16 @@ func benchContainers(ctx context.Context, o options, d *daemon, dir string) ([]r
 		}
 		subjects = append(subjects, s)
 	}
-	podman, err := p.podman(ctx, o)
+	podman, err := p.podman(ctx, b)
 	if err != nil {
 		return nil, err
 	}
-	return measure(ctx, "container: create to exit, /bin/true", o.runs, append(subjects, podman, p.bwrap()))
+	return measure(ctx, "container: create to exit, /bin/true", b.runs, append(subjects, podman, p.bwrap()))
 }
 
-func benchExec(ctx context.Context, o options, d *daemon, dir string) ([]row, error) {
-	p, err := newPeers(ctx, o, d, filepath.Join(dir, "exec"))
-	if err != nil {
-		return nil, err
-	}
-	defer p.clean()
+// benchExec needs what benchContainers made: podman's image, and the peers' mount namespace.
+func benchExec(ctx context.Context, b *bench) ([]row, error) {
+	d, p := b.d, b.p
 	ours, err := d.start(ctx, container, "sleep")
 	if err != nil {
 		return nil, err
@@ -215,9 +209,6 @@ func benchExec(ctx context.Context, o options, d *daemon, dir string) ([]row, er
 			return exitCode(exec.CommandContext(ctx, name, args...))
 		}})
 	}
-	if _, err := p.podman(ctx, o); err != nil {
-		return nil, err
-	}
 	args := append(append([]string{"run", "-d", "--name", "sleeper"}, podmanLimits...), "bench")
 	if err := command(ctx, "podman", p.podmanArgs(append(args, commands["sleep"]...)...)...); err != nil {
 		return nil, err
@@ -228,7 +219,7 @@ func benchExec(ctx context.Context, o options, d *daemon, dir string) ([]row, er
 	subjects = append(subjects, subject{name: "podman exec (runc)", includes: "conmon and the runtime per exec", do: func(ctx context.Context, c string) (int, error) {
 		return exitCode(exec.CommandContext(ctx, "podman", p.podmanArgs(append([]string{"exec", "sleeper"}, commands[c]...)...)...))
 	}})
-	return measure(ctx, "exec in a running sandbox, /bin/true", o.runs, subjects)
+	return measure(ctx, "exec in a running sandbox, /bin/true", b.runs, subjects)
 }
 
 // sleeper starts a container of an OCI runtime that others exec into, and answers with what ends it.

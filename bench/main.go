@@ -51,7 +51,7 @@ func run(ctx context.Context, o options) error {
 	defer cancel()
 	// Peers that dislike this host's hybrid cgroup mount run in a mount namespace without it, which is this thread's.
 	runtime.LockOSThread()
-	dir, err := os.MkdirTemp("", "sandboxd-bench-")
+	dir, err := os.MkdirTemp("", "sbxbench-")
 	if err != nil {
 		return err
 	}
@@ -61,16 +61,18 @@ func run(ctx context.Context, o options) error {
 			return err
 		}
 	}
-	d, err := startDaemon(ctx, o, dir)
-	if err != nil {
+	b := &bench{options: o, dir: dir}
+	if b.d, err = startDaemon(ctx, o, dir); err != nil {
 		return err
 	}
-	defer d.stop()
+	defer b.d.stop()
+	if b.p, err = newPeers(ctx, b); err != nil {
+		return err
+	}
+	defer b.p.clean()
 	var rows []row
-	for _, part := range []func(context.Context, options, *daemon, string) ([]row, error){
-		benchContainers, benchExec, benchVMs, benchMemory,
-	} {
-		r, err := part(ctx, o, d, dir)
+	for _, part := range []func(context.Context, *bench) ([]row, error){benchContainers, benchExec, benchVMs, benchMemory} {
+		r, err := part(ctx, b)
 		if err != nil {
 			return err
 		}
@@ -81,6 +83,14 @@ func run(ctx context.Context, o options) error {
 	}
 	printRows(rows)
 	return nil
+}
+
+// bench is what the parts of a run share.
+type bench struct {
+	options
+	dir string
+	d   *daemon
+	p   *peers
 }
 
 // row is one measured thing.

@@ -14,8 +14,9 @@ import (
 
 // benchMemory starts a crowd of sleepers behind each wall and adds up, on the host, the proportional set size of every process
 // that is ours: agents, VMMs, helpers, not the workload's own.
-func benchMemory(ctx context.Context, o options, d *daemon, _ string) ([]row, error) {
-	group := fmt.Sprintf("memory, %d sandboxes at once", o.crowd)
+func benchMemory(ctx context.Context, b *bench) ([]row, error) {
+	d := b.d
+	group := fmt.Sprintf("memory, %d sandboxes at once", b.crowd)
 	var rows []row
 	for _, kind := range []struct {
 		name, includes string
@@ -28,7 +29,7 @@ func benchMemory(ctx context.Context, o options, d *daemon, _ string) ([]row, er
 		if err != nil {
 			return nil, err
 		}
-		ids, err := d.crowd(ctx, kind.isolation, o.crowd)
+		ids, err := d.crowd(ctx, kind.isolation, b.crowd)
 		if err != nil {
 			return nil, err
 		}
@@ -42,7 +43,7 @@ func benchMemory(ctx context.Context, o options, d *daemon, _ string) ([]row, er
 		}
 		rows = append(rows, newRow(group, kind.name, "MiB", kind.includes, values),
 			newRow(group, "daemon RSS, "+strings.TrimSuffix(kind.name, ", each")+"s", "MiB",
-				fmt.Sprintf("sandboxd with %d such; %.1f MiB before", o.crowd, before), []float64{after}))
+				fmt.Sprintf("sandboxd with %d such; %.1f MiB before", b.crowd, before), []float64{after}))
 		for _, id := range ids {
 			if err := d.delete(ctx, id); err != nil {
 				return nil, err

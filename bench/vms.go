@@ -25,12 +25,13 @@ int main(void) { reboot(RB_AUTOBOOT); for (;;) pause(); }
 
 // benchVMs measures whole lives of VMs beside the floor: bare QEMU with the machine, processor, kernel and kernel command line
 // of one of ours, and an init that exits.
-func benchVMs(ctx context.Context, o options, d *daemon, dir string) ([]row, error) {
-	floor, err := floorCommand(ctx, d, dir)
+func benchVMs(ctx context.Context, b *bench) ([]row, error) {
+	d := b.d
+	floor, err := floorCommand(ctx, d, b.dir)
 	if err != nil {
 		return nil, err
 	}
-	rows, err := measure(ctx, "VM: create to exit, /bin/true", o.vmRuns, []subject{{
+	rows, err := measure(ctx, "VM: create to exit, /bin/true", b.vmRuns, []subject{{
 		name: "sandboxd vm", includes: "gRPC create, start, wait, delete; boot, agent, disks, confinement in the guest, durable record",
 		do: func(ctx context.Context, c string) (int, error) { return d.run(ctx, vm, c) },
 	}})
@@ -38,7 +39,7 @@ func benchVMs(ctx context.Context, o options, d *daemon, dir string) ([]row, err
 		return nil, err
 	}
 	// A VM whose init only reboots has no exit code to check: QEMU's own must be 0 each time.
-	floorRows, err := measureFloor(ctx, o.vmRuns, floor)
+	floorRows, err := measureFloor(ctx, b.vmRuns, floor)
 	if err != nil {
 		return nil, err
 	}
