@@ -1,6 +1,7 @@
 package microvm
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -23,7 +24,7 @@ import (
 // stock kernel then never comes up.
 
 const (
-	// kvmTrial bounds the guest that tries KVM out. Seen: 2.7 s where KVM itself was emulated; on hardware well below 1 s.
+	// kvmTrial bounds the guest that tries KVM out, if the configuration doesn't. Seen: 2.7 s where KVM itself was emulated; on hardware well below 1 s.
 	kvmTrial = 10 * time.Second
 	// kvmTrialMemory and kvmTrialCPUs are of that guest.
 	kvmTrialMemory = 128 << 20
@@ -161,7 +162,7 @@ func (r *Runtime) tryKVM(ctx context.Context, g *guest) (kvmVerdict, error) {
 	if _, err := rand.Read(id); err != nil {
 		return kvmVerdict{}, fmt.Errorf("cannot draw an id: %w", err)
 	}
-	b := &boot{r: r, guest: g, accel: accelKVM, timeout: kvmTrial, sandbox: spec.Sandbox{
+	b := &boot{r: r, guest: g, accel: accelKVM, timeout: cmp.Or(r.cfg.KVMTrial, kvmTrial), sandbox: spec.Sandbox{
 		ID:        hex.EncodeToString(id),
 		Resources: spec.Resources{CPUMillis: kvmTrialCPUs, MemoryBytes: kvmTrialMemory},
 	}}

@@ -47,6 +47,14 @@ func testAccel() string {
 	return AccelTCG
 }
 
+// testTrial is generous where KVM is known to work: then slowness is no verdict.
+func testTrial() time.Duration {
+	if testAccel() == AccelKVM {
+		return testTimeout
+	}
+	return 0
+}
+
 // programs are built once for all tests.
 var programs = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "sandboxd-microvm-test-")
@@ -144,7 +152,7 @@ func benchConfig(dir, programs, kernel string) Config {
 	return Config{
 		RunDir: filepath.Join(dir, "run"), StateDir: filepath.Join(dir, "state"), CgroupParent: "sandboxd-test",
 		Agent: filepath.Join(programs, "sandbox-agent"), VsockHelper: filepath.Join(programs, "sandbox-vsock"),
-		Kernel: kernel, Accel: testAccel(),
+		Kernel: kernel, Accel: testAccel(), KVMTrial: testTrial(),
 		Disk: disk.NewMaker(filepath.Join(dir, "disk-cache")), IDs: ids,
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -44,6 +45,8 @@ type Config struct {
 	Kernel string
 	// AccelKVM, AccelAuto or AccelTCG.
 	Accel string
+	// How long the guest that tries KVM out may take; 0 for ten seconds. A host that is emulated itself needs more.
+	KVMTrial time.Duration
 	// QEMU; empty to find it in PATH.
 	QEMU string
 	// The sandbox-vsock binary; needed where the host has no /dev/vhost-vsock.

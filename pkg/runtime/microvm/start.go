@@ -113,6 +113,8 @@ func (b *boot) run(ctx context.Context) (*instance, error) {
 	if err == nil {
 		return i, nil
 	}
+	// First what we hold: the kernel's vsock device has a thread in the VM's cgroup for as long as anyone has it open.
+	b.closeFiles()
 	undo, cancelUndo := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancelUndo()
 	return nil, errors.Join(err, b.r.destroy(undo, b.sandbox.ID, !b.newLayer))
@@ -122,6 +124,7 @@ func (b *boot) closeFiles() {
 	for _, f := range b.files {
 		_ = f.Close() // only read, or in memory
 	}
+	b.files = nil
 }
 
 // keep makes run close f.
