@@ -26,8 +26,7 @@ type Process struct {
 
 	cancel context.CancelFunc
 	conv   conversation
-	// One slot: whoever holds it may send. A channel, because waiting for it must end with a context: what is sent
-	// before may be held back by a process that does not read.
+	// One slot: whoever holds it may send. A channel, because waiting for it must end when the process has ended.
 	sending chan struct{}
 	done    chan struct{}
 
@@ -143,41 +142,53 @@ func (p *Process) copyIn(stdin io.Reader) {
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := stdin.Read(buf)
-		if n > 0 && p.send(context.Background(), func() error { return p.conv.stdin(buf[:n]) }) != nil {
+		if n > 0 && p.send(func() error { return p.conv.stdin(buf[:n]) }) != nil {
 			return
 		}
 		if err != nil {
 			// Whether it is the end or a failure, nothing more will come. The stream itself stays open for signals.
-			_ = p.send(context.Background(), p.conv.closeStdin)
+			_ = p.send(p.conv.closeStdin)
 			return
 		}
 	}
 }
 
-// send sends one message; it gives up waiting for its turn when ctx is done or the process has ended.
-func (p *Process) send(ctx context.Context, message func() error) error {
+// send sends one message in its turn. It gives up when the process has ended.
+func (p *Process) send(message func() error) error {
 	select {
 	case p.sending <- struct{}{}:
 		defer func() { <-p.sending }()
-	case <-ctx.Done():
-		return ctx.Err()
+		return message()
 	case <-p.done:
 		return io.ErrClosedPipe
 	}
-	return message()
+}
+
+// sendWithin is send that its caller does not wait for beyond ctx: the message is then sent when its turn comes, if it
+// does. A turn, once taken, lasts until the daemon takes the message, and that it may hold back. The goroutine ends at the
+// latest with the stream.
+func (p *Process) sendWithin(ctx context.Context, message func() error) error {
+	sent := make(chan error, 1)
+	go func() { sent <- p.send(message) }()
+	select {
+	case err := <-sent:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // Resize tells the process's terminal its size.
 func (p *Process) Resize(ctx context.Context, rows, columns uint32) error {
-	return p.send(ctx, func() error {
+	return p.sendWithin(ctx, func() error {
 		return p.conv.resize(&sandboxdv1.TerminalSize{Rows: rows, Columns: columns})
 	})
 }
 
-// Signal sends a signal, by name or number. It comes after what was sent before: while a process does not read its
-// input, it waits; a workload's own process can be signalled past that with KillWorkload.
+// Signal sends a signal, by name or number. It comes after what was sent before: while a process does not read its input
+// it waits, until ctx is done. A workload's own process can be signalled past that with KillWorkload.
 func (p *Process) Signal(ctx context.Context, name string) error {
-	return p.send(ctx, func() error { return p.conv.signal(name) })
+	return p.sendWithin(ctx, func() error { return p.conv.signal(name) })
 }
 
 // Wait answers when the process has ended and its output is written, or why it can no longer be followed.
