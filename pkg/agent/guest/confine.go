@@ -71,6 +71,10 @@ func (c *confined) become(status int) *stageFailure {
 	c.status = status
 	for _, step := range confinement {
 		if err := step.do(c); err != nil {
+			var own *stageFailure
+			if errors.As(err, &own) {
+				return own
+			}
 			return &stageFailure{step.reason, fmt.Sprintf("cannot %s: %v", step.name, err)}
 		}
 	}
@@ -109,7 +113,12 @@ func (c *confined) standardStreams() error {
 		if st.Mode&unix.S_IFMT != unix.S_IFIFO && !c.Terminal {
 			continue
 		}
-		if err := unix.Fchown(fd, int(c.who.uid), -1); err != nil {
+		err := unix.Fchown(fd, int(c.who.uid), -1)
+		if errors.Is(err, unix.EINVAL) {
+			return &stageFailure{agentv1.ExecFailure_REASON_BAD_USER,
+				fmt.Sprintf("cannot become user %d: the sandbox's range of users ends before it", c.who.uid)}
+		}
+		if err != nil {
 			return fmt.Errorf("cannot give descriptor %d to the user: %w", fd, err)
 		}
 	}

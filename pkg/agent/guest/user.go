@@ -16,6 +16,10 @@ import (
 // maxUserFile bounds /etc/passwd and /etc/group of an image: it may bring anything by that name.
 const maxUserFile = 16 << 20
 
+// maxID is the largest user or group id an image's files may give: what is larger would be another id, root's even, once
+// cut to the kernel's 32 bits.
+const maxID = 1<<31 - 1
+
 // userSpec is who a process shall run as. Name (NAME|UID[:GROUP|GID]) wins over the numbers.
 type userSpec struct {
 	Name   string   `json:"name,omitempty"`
@@ -51,6 +55,11 @@ func (u userSpec) resolve() (identity, error) {
 	found, err := user.GetExecUser(asked, &user.ExecUser{Home: "/"}, passwd, group)
 	if err != nil {
 		return identity{}, err
+	}
+	for _, id := range append([]int{found.Uid, found.Gid}, found.Sgids...) {
+		if id < 0 || id > maxID {
+			return identity{}, fmt.Errorf("the image gives %q the id %d, which is beyond %d", asked, id, maxID)
+		}
 	}
 	who := identity{uid: uint32(found.Uid), gid: uint32(found.Gid), home: found.Home}
 	// The primary group too, as a login does it: left out, a program could drop it with setgid and so gain what a file's

@@ -1,0 +1,127 @@
+package guest
+
+import (
+	"archive/tar"
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+)
+
+func TestParseStatus(t *testing.T) {
+	for said, want := range map[string]agentv1.ExecFailure_Reason{
+		"":                           agentv1.ExecFailure_REASON_CONFINEMENT, // it died
+		"R{\"reason\":1}":            agentv1.ExecFailure_REASON_NOT_FOUND,
+		"{\"reason\":3}":             agentv1.ExecFailure_REASON_BAD_USER,
+		"Rgarbage":                   agentv1.ExecFailure_REASON_CONFINEMENT,
+		"garbage":                    agentv1.ExecFailure_REASON_CONFINEMENT,
+		"{\"reason\":5,\"message\":": agentv1.ExecFailure_REASON_CONFINEMENT, // cut short
+	} {
+		if got := parseStatus([]byte(said)); got == nil || got.Reason != want {
+			t.Errorf("%q: %+v", said, got)
+		}
+	}
+	if got := parseStatus([]byte{stageReady}); got != nil {
+		t.Errorf("a process that runs: %+v", got)
+	}
+}
+
+func FuzzParseBoot(f *testing.F) {
+	f.Add([]byte(`{"version":1,"token":"` + strings.Repeat("ab", 32) + `","vsockPort":1023,"imageSerial":"i","diskSerial":"d"}`))
+	f.Add([]byte(`{"version":1,"token":"` + strings.Repeat("zz", 32) + `"}`))
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		boot, token, err := parseBoot(b)
+		if err == nil && (boot.Token != "" || token == [len(token)]byte{} && !bytes.Contains(b, []byte(strings.Repeat("0", 64)))) {
+			t.Errorf("boot %+v, token %x", boot, token)
+		}
+	})
+}
+
+// FuzzUnpack feeds streams to unpack: whatever they say, nothing comes to be outside the directory.
+func FuzzUnpack(f *testing.F) {
+	add := func(headers ...tar.Header) {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for _, h := range headers {
+			_ = w.WriteHeader(&h)
+		}
+		_ = w.Close()
+		f.Add(b.Bytes())
+	}
+	add(tar.Header{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o755}, tar.Header{Name: "d/f", Typeflag: tar.TypeReg, Mode: 0o644})
+	add(tar.Header{Name: "../up", Typeflag: tar.TypeReg})
+	add(tar.Header{Name: "/abs", Typeflag: tar.TypeReg})
+	add(tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "/etc"}, tar.Header{Name: "l/f", Typeflag: tar.TypeReg})
+	add(tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../../.."}, tar.Header{Name: "l/f", Typeflag: tar.TypeReg})
+	add(tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "../outside"})
+	f.Fuzz(func(t *testing.T, stream []byte) {
+		dir := t.TempDir()
+		for _, d := range []string{"root", "root/to"} {
+			if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(dir, "outside"), []byte("untouched"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		root, err := openDir(filepath.Join(dir, "root"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		_ = unpack(root, "/to", bytes.NewReader(stream))
+		names, err := os.ReadDir(dir)
+		if err != nil || len(names) != 2 {
+			t.Fatalf("outside the root there are %v, %v", names, err)
+		}
+		var st os.FileInfo
+		if st, err = os.Stat(filepath.Join(dir, "outside")); err != nil || st.Mode() != 0o600 || st.Size() != 9 {
+			t.Fatalf("a file outside was changed: %v, %v", st, err)
+		}
+	})
+}
+
+// TestOpenInStaysInside: what an image can link to.
+func TestOpenInStaysInside(t *testing.T) {
+	dir := t.TempDir()
+	inside := filepath.Join(dir, "root")
+	for _, d := range []string{"root/etc", "etc"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, content := range map[string]string{"etc/which": "outside", "root/etc/which": "inside"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, target := range map[string]string{"absolute": "/etc/which", "up": "../../../../etc/which", "chain": "up", "far": dir + "/etc/which", "magic": "/proc/self/root/etc/which"} {
+		if err := os.Symlink(target, filepath.Join(inside, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root, err := openDir(inside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	for name, want := range map[string]bool{"/absolute": true, "/up": true, "/chain": true, "/../../etc/which": true, "/far": false, "/magic": false} {
+		f, err := openIn(root, name, os.O_RDONLY, 0)
+		if err != nil {
+			if want {
+				t.Errorf("%s: %v", name, err)
+			}
+			continue
+		}
+		b := make([]byte, 10)
+		n, _ := f.Read(b)
+		f.Close()
+		if !want || string(b[:n]) != "inside" {
+			t.Errorf("%s opened %q", name, b[:n])
+		}
+	}
+}
