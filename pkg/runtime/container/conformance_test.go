@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -40,6 +41,12 @@ func TestConformance(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for namespaces, mounts and cgroups: run the tests as root")
 	}
+	// A scenario's second daemon is in this process too, and its sandboxes' parent ended with the first. They come to this
+	// process then, and not to an init that may take seconds to reap them.
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) //nolint:errcheck // a test's
 	agent := buildAgent(t)
 	parent := fmt.Sprintf("/sandboxd-test-%d-conformance", os.Getpid())
 	defer func() {

@@ -57,6 +57,8 @@ type Runtime struct {
 	log    *zap.Logger
 	mounts *mounter
 	agent  *agentBinary
+	// Forks the agents.
+	spawner *spawner
 
 	mu        sync.Mutex
 	instances map[string]*instance // those this daemon started or attached to, until they are removed
@@ -92,7 +94,7 @@ func New(c Config) (*Runtime, error) {
 	}
 	r := &Runtime{
 		config: c, log: c.Logger.Named(name),
-		mounts: &mounter{}, agent: &agentBinary{path: c.Agent},
+		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{},
 		instances: map[string]*instance{}, trials: map[string]bool{},
 	}
 	// What this process was started with (a shell's or systemd's descriptors) is not for sandboxes; all that Go opens is
@@ -115,6 +117,7 @@ func (r *Runtime) Close() error {
 	for _, i := range instances {
 		i.forget()
 	}
+	r.spawner.close()
 	return errors.Join(r.mounts.close(), r.agent.close())
 }
 

@@ -67,11 +67,12 @@ func (i *instance) forget() {
 	i.watched.Wait()
 }
 
-// reap waits until the killed agent has been reaped.
+// reap waits until the killed agent is gone.
 func (i *instance) reap(ctx context.Context) error {
 	if err := waitClosed(ctx, i.done); err != nil {
 		return err
 	}
+	waitReaped(ctx, i.pidfd)
 	i.forget()
 	return nil
 }

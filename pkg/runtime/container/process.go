@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +18,14 @@ var errProcessGone = errors.New("process has ended")
 // startTimeField is the field of /proc/PID/stat (proc_pid_stat(5), counted from 1) that tells processes of one number
 // apart: clock ticks between boot and start.
 const startTimeField = 22
+
+const (
+	// reapTimeout bounds how long a process that has ended is waited for to be reaped: by the spawner at once, by an init
+	// (after the daemon that started it has ended) perhaps only when that looks again, every two seconds.
+	reapTimeout = 3 * time.Second
+	// reapPause paces it.
+	reapPause = 100 * time.Microsecond
+)
 
 // processStartTime reads a process's start time.
 func processStartTime(pid int) (uint64, error) {
@@ -84,8 +93,8 @@ func readable(fd uintptr) bool {
 	}
 }
 
-// waitProcess blocks until the process behind a pidfd has ended, then reaps it if it is a child of this daemon. It costs
-// no thread: the descriptor waits in the Go runtime's poller. False when the descriptor was closed before.
+// waitProcess blocks until the process behind a pidfd has ended, and reaps it if it is the caller's child. It costs no thread:
+// the descriptor waits in the Go runtime's poller. False when the descriptor was closed before.
 func waitProcess(pidfd *os.File) bool {
 	raw, err := pidfd.SyscallConn()
 	if err != nil {
@@ -95,10 +104,37 @@ func waitProcess(pidfd *os.File) bool {
 		return false
 	}
 	_ = raw.Control(func(fd uintptr) {
-		// ECHILD after a restart of the daemon: then init reaps it.
+		// ECHILD where another process is the parent: the spawner, or init.
 		_ = unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED|unix.WNOHANG, nil)
 	})
 	return true
+}
+
+// waitReaped waits a bounded time until an ended process is a zombie no more. A zombie holds nothing but its number and its
+// name in lists, so it is no error if init never reaps it.
+func waitReaped(ctx context.Context, pidfd *os.File) {
+	ctx, cancel := context.WithTimeout(ctx, reapTimeout)
+	defer cancel()
+	for signalProcess(pidfd, 0) == nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(reapPause):
+		}
+	}
+}
+
+// signalProcess sends a signal to the process behind a pidfd; 0 only asks whether it has been reaped.
+func signalProcess(pidfd *os.File, signal unix.Signal) error {
+	raw, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	if err := raw.Control(func(fd uintptr) { serr = unix.PidfdSendSignal(int(fd), signal, nil, 0) }); err != nil {
+		return err
+	}
+	return serr
 }
 
 // waitClosed waits for a channel or for ctx.

@@ -9,13 +9,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -54,74 +52,40 @@ type agentProcess struct {
 	crash *os.File
 }
 
-// spawn forks the agent as PID 1 of new namespaces, in its cgroup from its clone on.
-func spawn(program *os.File, group *cgroup.Group, base uint32) (*agentProcess, error) {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer null.Close() //nolint:errcheck // nothing is written to it
-	ours, theirs, err := bootSocket()
-	if err != nil {
-		return nil, err
-	}
-	defer theirs.Close() //nolint:errcheck // the child's
-	crash, err := boundedFile("agent-stderr", crashLogSize)
-	if err != nil {
-		_ = ours.Close() // nothing was sent
-		return nil, err
-	}
-	p := &agentProcess{boot: ours, crash: crash}
-	pidfd := -1
-	err = group.Start(func(attr *syscall.SysProcAttr) error {
-		ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: int(base), Size: idrange.Size}}
-		attr.Cloneflags = namespaces
-		attr.Unshareflags = unix.CLONE_NEWCGROUP
-		attr.UidMappings, attr.GidMappings = ids, ids
-		attr.GidMappingsEnableSetgroups = true // else the child keeps the daemon's groups
-		// Without it the child stays the host's uid 0, unmapped, and loses its capabilities at exec.
-		attr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
-		attr.PidFD = &pidfd
-		attr.Setsid = true // signals from the daemon's terminal are not the sandbox's
-		var err error
-		p.pid, err = syscall.ForkExec(fdPath(program), []string{"sandbox-agent", name}, &syscall.ProcAttr{
-			Dir:   "/",
-			Env:   []string{},
-			Files: []uintptr{null.Fd(), null.Fd(), crash.Fd(), theirs.Fd()},
-			Sys:   attr,
-		})
-		return err
-	})
-	if err != nil {
-		_ = errors.Join(ours.Close(), crash.Close()) // nothing was sent
-		return nil, fmt.Errorf("cannot start the agent in new namespaces: %w", err)
-	}
-	if pidfd < 0 { // the kernel is too old for CLONE_PIDFD, or refuses it: never on those sandboxd supports
-		err = errors.New("cannot watch the agent: the kernel gave no pidfd")
-	} else if err = unix.SetNonblock(pidfd, true); err == nil { // lets the Go runtime's poller wait for it
-		p.pidfd = os.NewFile(uintptr(pidfd), "pidfd:"+strconv.Itoa(p.pid))
-		return p, nil
-	}
-	_ = unix.Kill(p.pid, unix.SIGKILL) // our child, not reaped: the number is its own
-	_, _ = unix.Wait4(p.pid, nil, 0, nil)
-	_ = errors.Join(ours.Close(), crash.Close())
-	return nil, err
+// agentAttr is how an agent is forked. Its ids start at base on the host.
+func agentAttr(attr *syscall.SysProcAttr, base uint32) {
+	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: int(base), Size: idrange.Size}}
+	attr.Cloneflags = namespaces
+	attr.Unshareflags = unix.CLONE_NEWCGROUP
+	attr.UidMappings, attr.GidMappings = ids, ids
+	attr.GidMappingsEnableSetgroups = true // else the child keeps the daemon's groups
+	// Without it the child stays the host's uid 0, unmapped, and loses its capabilities at exec.
+	attr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
+	attr.Setsid = true // signals from the daemon's terminal are not the sandbox's
 }
 
-// bootSocket is a pair of message sockets: the daemon's end, and the agent's.
-func bootSocket() (*net.UnixConn, *os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+// agent starts an agent in its cgroup and namespaces.
+func (s *spawner) agent(program *os.File, req spawnRequest) (_ *agentProcess, err error) {
+	ours, theirs, err := messageSockets()
 	if err != nil {
-		return nil, nil, fmt.Errorf("cannot make a boot socket: %w", err)
+		return nil, err
 	}
-	ours, theirs := os.NewFile(uintptr(fds[0]), "boot"), os.NewFile(uintptr(fds[1]), "boot")
-	defer ours.Close() //nolint:errcheck // FileConn has its own copy
-	conn, err := net.FileConn(ours)
+	defer theirs.Close() //nolint:errcheck // the agent's
+	defer func() {
+		if err != nil {
+			_ = ours.Close() // nothing was sent
+		}
+	}()
+	crash, err := boundedFile("agent-stderr", crashLogSize)
 	if err != nil {
-		_ = theirs.Close() // nothing was sent
-		return nil, nil, fmt.Errorf("cannot make a boot socket: %w", err)
+		return nil, err
 	}
-	return conn.(*net.UnixConn), theirs, nil
+	pid, pidfd, err := s.spawn(req, program, crash, theirs)
+	if err != nil {
+		_ = crash.Close() // nothing was written
+		return nil, fmt.Errorf("cannot start the agent in new namespaces: %w", err)
+	}
+	return &agentProcess{pid: pid, pidfd: pidfd, boot: ours, crash: crash}, nil
 }
 
 // boundedFile is a memory file that can be written to, but never past size.
@@ -168,6 +132,22 @@ func listen(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("cannot bind the agent's socket: %w", err)
 	}
 	return s, nil
+}
+
+// userns opens the agent's user namespace.
+func (p *agentProcess) userns(ctx context.Context) (*os.File, error) {
+	const what = "cannot open the sandbox's user namespace"
+	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", p.pid))
+	if ended(p.pidfd) { // then the number may have been another's
+		if err == nil {
+			_ = f.Close() // only looked at
+		}
+		return nil, p.explain(ctx, what, nil)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	return f, nil
 }
 
 // introduce tells the agent its sandbox and waits for its answer.
@@ -223,14 +203,12 @@ func crashText(f *os.File, limit int) string {
 	return string(buf[:n])
 }
 
-// abandon ends an agent that never got its sandbox, and reaps it.
+// abandon ends an agent that never got its sandbox.
 func (p *agentProcess) abandon() {
 	_ = p.boot.Close()
 	_ = p.crash.Close()
-	if p.pidfd == nil {
-		return
-	}
-	_ = unix.Kill(p.pid, unix.SIGKILL) // our child, not reaped: the number is its own
+	_ = signalProcess(p.pidfd, unix.SIGKILL) // it may have ended
 	waitProcess(p.pidfd)
+	waitReaped(context.Background(), p.pidfd)
 	_ = p.pidfd.Close()
 }

@@ -214,7 +214,7 @@ func (st *start) spawn(context.Context) error {
 	if err != nil {
 		return err
 	}
-	st.agent, err = spawn(program, st.group, st.base)
+	st.agent, err = st.r.spawner.agent(program, spawnRequest{CgroupParent: st.rec.CgroupParent, ID: st.s.ID, Base: st.base})
 	return err
 }
 
@@ -245,11 +245,10 @@ func (st *start) attachLayer(ctx context.Context) error {
 	return err
 }
 
-func (st *start) buildRoot(context.Context) error {
-	// The agent has not been reaped: its number is its own.
-	userns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", st.agent.pid))
+func (st *start) buildRoot(ctx context.Context) error {
+	userns, err := st.agent.userns(ctx)
 	if err != nil {
-		return fmt.Errorf("cannot open the sandbox's user namespace: %w", err)
+		return err
 	}
 	defer userns.Close() //nolint:errcheck // only looked at
 	return st.r.mounts.do(func() (err error) {
@@ -268,6 +267,9 @@ func (st *start) introduce(ctx context.Context) error {
 	started, err := processStartTime(st.agent.pid)
 	if err != nil {
 		return err
+	}
+	if ended(st.agent.pidfd) { // then the number may have been another's
+		return st.agent.explain(ctx, "cannot identify the agent", nil)
 	}
 	st.rec.Ready, st.rec.PID, st.rec.StartTime = true, st.agent.pid, started
 	if err := writeRecord(st.r.dir(st.s.ID), st.rec); err != nil {

@@ -1,0 +1,325 @@
+package container
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
+)
+
+// A child in a user namespace cannot share its parent's memory until it executes its program: the kernel copies the
+// page tables of the whole parent, and every page the parent then writes. From a daemon with 64 MB of heap that takes 10
+// ms, from a small process 2. So the daemon has a spawner: this same program, started under another name, that does
+// nothing but fork agents. It lives as long as its end of a socket: when the daemon dies, so does it, and the agents
+// go on as children of init.
+//
+//	daemon ── request: cgroup, ids; program, standard error, boot and reply sockets ──▶ spawner
+//	       ◀── on the reply socket: pid; pidfd ──────────────────────────────────────── forks the agent, later reaps it
+
+const (
+	// spawnerName is the name (argv[0]) under which this program is a spawner.
+	spawnerName = "sandboxd-spawner"
+	// spawnerFD is its socket.
+	spawnerFD = 3
+	// spawnTimeout bounds one fork, on a host that is out of memory too.
+	spawnTimeout = 20 * time.Second
+	// maxSpawnMessage bounds requests and answers.
+	maxSpawnMessage = 4096
+	// descriptorGap is more than a fork moves descriptors by: one for each passed on, and one for Go's own pipe.
+	descriptorGap = 16
+)
+
+// init makes this program a spawner when it was started as one. It is in init, and not in a function for main to call,
+// so that every program with this package in it (the daemon, tests, benchmarks) is one when asked, and never a second daemon.
+func init() {
+	if len(os.Args) > 0 && os.Args[0] == spawnerName {
+		spawnerMain()
+	}
+}
+
+type spawnRequest struct {
+	CgroupParent string `json:"cgroupParent"`
+	ID           string `json:"id"`
+	Base         uint32 `json:"base"`
+}
+
+type spawnReply struct {
+	PID   int    `json:"pid"`
+	Error string `json:"error,omitempty"`
+}
+
+// Descriptors that come with a request, in this order.
+const (
+	fdProgram = iota
+	fdCrash
+	fdBoot
+	fdReply
+	spawnFDs
+)
+
+// spawner is the daemon's end.
+type spawner struct {
+	mu   sync.Mutex // guards starting and ending the process
+	conn *net.UnixConn
+	cmd  *exec.Cmd
+}
+
+// send hands a request to the spawner, which is started first if there is none, or if it has died.
+func (s *spawner) send(msg []byte, rights []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var err error
+	for range 2 { // the second try is for one that died since the last request
+		if s.conn == nil {
+			if err := s.startLocked(); err != nil {
+				return fmt.Errorf("cannot start the spawner: %w", err)
+			}
+		}
+		if err = s.conn.SetWriteDeadline(time.Now().Add(spawnTimeout)); err == nil {
+			_, _, err = s.conn.WriteMsgUnix(msg, rights, nil)
+		}
+		if err == nil {
+			return nil
+		}
+		s.endLocked()
+	}
+	return fmt.Errorf("cannot reach the spawner: %w", err)
+}
+
+func (s *spawner) startLocked() error {
+	ours, theirs, err := messageSockets()
+	if err != nil {
+		return err
+	}
+	defer theirs.Close() //nolint:errcheck // the child's
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = []string{spawnerName}
+	cmd.Env = []string{}
+	cmd.Dir = "/"
+	cmd.Stderr = os.Stderr // where the daemon's own crash would go
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // signals from the daemon's terminal are not for it
+	if err := cmd.Start(); err != nil {
+		_ = ours.Close() // nothing was sent
+		return err
+	}
+	s.conn, s.cmd = ours, cmd
+	return nil
+}
+
+// endLocked closes the socket, which ends the process, and reaps it.
+func (s *spawner) endLocked() {
+	_ = s.conn.Close() // that is the message
+	_ = s.cmd.Wait()   // however it ended
+	s.conn, s.cmd = nil, nil
+}
+
+func (s *spawner) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn != nil {
+		s.endLocked()
+	}
+}
+
+// spawn has an agent forked, and answers with its pid and pidfd.
+func (s *spawner) spawn(req spawnRequest, program, crash, boot *os.File) (int, *os.File, error) {
+	ours, theirs, err := messageSockets()
+	if err != nil {
+		return 0, nil, err
+	}
+	defer ours.Close() //nolint:errcheck // read to its one message
+	msg, err := json.Marshal(req)
+	if err == nil {
+		err = s.send(msg, unix.UnixRights(int(program.Fd()), int(crash.Fd()), int(boot.Fd()), int(theirs.Fd())))
+	}
+	_ = theirs.Close() // the spawner has its own: when it dies, the read below ends
+	if err != nil {
+		return 0, nil, err
+	}
+	if err := ours.SetReadDeadline(time.Now().Add(spawnTimeout)); err != nil {
+		return 0, nil, err
+	}
+	answer, files, err := receive(ours)
+	if err != nil {
+		return 0, nil, fmt.Errorf("cannot hear from the spawner: %w", err)
+	}
+	var reply spawnReply
+	if err := json.Unmarshal(answer, &reply); err != nil {
+		err = fmt.Errorf("cannot decode the spawner's answer: %w", err)
+		return 0, nil, errors.Join(err, closeAll(files))
+	}
+	if reply.Error != "" || len(files) != 1 {
+		return 0, nil, errors.Join(errors.New(reply.Error), closeAll(files))
+	}
+	return reply.PID, files[0], nil
+}
+
+// messageSockets is a pair of message sockets: the daemon's end, and another process's.
+func messageSockets() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot make a pair of sockets: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
+	conn, err := unixConn(ours)
+	if err != nil {
+		_ = theirs.Close() // nothing was sent
+		return nil, nil, err
+	}
+	return conn, theirs, nil
+}
+
+// unixConn makes a connection of a socket, which it takes over.
+func unixConn(f *os.File) (*net.UnixConn, error) {
+	defer f.Close() //nolint:errcheck // FileConn has its own copy
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use a socket: %w", err)
+	}
+	c, ok := conn.(*net.UnixConn)
+	if !ok {
+		_ = conn.Close() // it is of no use
+		return nil, errors.New("cannot use a socket: it is no Unix socket")
+	}
+	return c, nil
+}
+
+// receive reads one message with its descriptors. An empty one is the end.
+func receive(c *net.UnixConn) ([]byte, []*os.File, error) {
+	buf, oob := make([]byte, maxSpawnMessage), make([]byte, unix.CmsgSpace(spawnFDs*4))
+	n, oobn, _, _, err := c.ReadMsgUnix(buf, oob) // sets CLOEXEC on what comes
+	if err != nil {
+		return nil, nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil {
+		return nil, nil, err
+	}
+	var files []*os.File
+	for _, m := range messages {
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			return nil, nil, errors.Join(err, closeAll(files))
+		}
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "received"))
+		}
+	}
+	if n == 0 {
+		return nil, nil, errors.Join(errors.New("the other end is closed"), closeAll(files))
+	}
+	return buf[:n], files, nil
+}
+
+func closeAll(files []*os.File) (err error) {
+	for _, f := range files {
+		err = errors.Join(err, f.Close())
+	}
+	return err
+}
+
+// spawnerMain is the spawner's life. Runs in the spawner.
+func spawnerMain() {
+	conn, err := unixConn(os.NewFile(spawnerFD, "requests"))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, spawnerName+":", err)
+		os.Exit(1)
+	}
+	for {
+		msg, files, err := receive(conn)
+		if err != nil {
+			os.Exit(0) // the daemon is gone, and forks in flight are of no use to anyone
+		}
+		go serveSpawn(msg, files) // ends with its agent, or with this process
+	}
+}
+
+// serveSpawn answers one request, and reaps the agent when it ends. Runs in the spawner.
+func serveSpawn(msg []byte, files []*os.File) {
+	pid, pidfd, err := forkAgent(msg, files)
+	if len(files) == spawnFDs {
+		answer(files[fdReply], pid, pidfd, err)
+	}
+	_ = closeAll(files) // the agent has its own
+	if err != nil {
+		return
+	}
+	waitProcess(pidfd)
+	_ = pidfd.Close()
+}
+
+func answer(to *os.File, pid int, pidfd *os.File, err error) {
+	reply, rights := spawnReply{PID: pid}, []byte(nil)
+	if err != nil {
+		reply.Error = err.Error()
+	} else {
+		rights = unix.UnixRights(int(pidfd.Fd()))
+	}
+	msg, err := json.Marshal(reply)
+	if err != nil {
+		return // the daemon sees its socket closed
+	}
+	// A daemon that is gone does not listen; the agent sees its boot socket closed and ends.
+	_ = unix.Sendmsg(int(to.Fd()), msg, rights, nil, unix.MSG_NOSIGNAL)
+}
+
+// forkAgent forks an agent as PID 1 of new namespaces, in its cgroup from its clone on. Runs in the spawner.
+func forkAgent(msg []byte, files []*os.File) (int, *os.File, error) {
+	var req spawnRequest
+	if err := json.Unmarshal(msg, &req); err != nil {
+		return 0, nil, fmt.Errorf("cannot decode a request: %w", err)
+	}
+	if len(files) != spawnFDs {
+		return 0, nil, fmt.Errorf("%d descriptors came with a request, not %d", len(files), spawnFDs)
+	}
+	group, err := cgroup.Load(req.CgroupParent, req.ID)
+	if err != nil {
+		return 0, nil, err
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer null.Close() //nolint:errcheck // nothing is written to it
+	fds := []uintptr{null.Fd(), null.Fd(), files[fdCrash].Fd(), files[fdBoot].Fd()}
+	// The child finds its program by the descriptor's number, after Go has moved descriptors to 0 to 3 and, on the way, to
+	// numbers right above the highest of them. Out of their way, then.
+	program, err := unix.FcntlInt(files[fdProgram].Fd(), unix.F_DUPFD_CLOEXEC, int(slices.Max(fds))+descriptorGap)
+	if err != nil {
+		return 0, nil, fmt.Errorf("cannot move a descriptor: %w", err)
+	}
+	defer unix.Close(program) //nolint:errcheck // only executed
+	pid, pidfd := 0, -1
+	err = group.Start(func(attr *syscall.SysProcAttr) error {
+		agentAttr(attr, req.Base)
+		attr.PidFD = &pidfd
+		var err error
+		pid, err = syscall.ForkExec(fmt.Sprintf("/proc/self/fd/%d", program), []string{"sandbox-agent", name}, &syscall.ProcAttr{
+			Dir:   "/",
+			Env:   []string{},
+			Files: fds,
+			Sys:   attr,
+		})
+		return err
+	})
+	if err != nil {
+		return 0, nil, err
+	}
+	if err = unix.SetNonblock(pidfd, true); err != nil { // lets the Go runtime's poller wait for it
+		_ = unix.Kill(pid, unix.SIGKILL) // our child, not reaped: the number is its own
+		_, _ = unix.Wait4(pid, nil, 0, nil)
+		return 0, nil, fmt.Errorf("cannot watch the agent: %w", err)
+	}
+	return pid, os.NewFile(uintptr(pidfd), "pidfd"), nil
+}

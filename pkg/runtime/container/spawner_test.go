@@ -1,0 +1,79 @@
+package container
+
+import (
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// The spawner is a convenience of the daemon's: when it dies, sandboxes go on and the next start has a new one.
+func TestSpawnerDies(t *testing.T) {
+	h := newHost(t)
+	r := h.daemon(t)
+	first := mustStart(t, r, h.sandbox(1))
+	old := r.spawner.cmd.Process
+	if name, err := os.ReadFile("/proc/" + strconv.Itoa(old.Pid) + "/cmdline"); err != nil || strings.Trim(string(name), "\x00") != spawnerName {
+		t.Errorf("the spawner is %q, %v", name, err)
+	}
+	if err := old.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	// Reaped here, so that it is dead for certain; the spawner's own Wait then finds nothing.
+	if err := unix.Waitid(unix.P_PID, old.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for n := 2; n < 6; n++ {
+		wg.Go(func() {
+			i, err := r.Start(t.Context(), h.sandbox(n))
+			if err != nil {
+				t.Errorf("Start after the spawner died: %v", err)
+				return
+			}
+			want(t, i, "echo new", "new")
+		})
+	}
+	wg.Wait()
+	want(t, first, "echo old", "old")
+	if r.spawner.cmd.Process.Pid == old.Pid {
+		t.Error("the spawner is the old one: this test tests nothing")
+	}
+	for n := 1; n < 6; n++ {
+		mustRemove(t, r, h.sandbox(n).ID)
+	}
+}
+
+// A daemon whose heap is large starts sandboxes as fast as one whose heap is small: it is not what is forked.
+func TestSpawnerIsSmall(t *testing.T) {
+	h := newHost(t)
+	r := h.daemon(t)
+	i := mustStart(t, r, h.sandbox(1))
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(i.Facts().HostPID) + "/status")
+	if err != nil || !strings.Contains(string(status), "PPid:\t"+strconv.Itoa(r.spawner.cmd.Process.Pid)+"\n") {
+		t.Errorf("the agent is no child of the spawner: %s, %v", status, err)
+	}
+	mustRemove(t, r, h.sandbox(1).ID)
+}
+
+func TestSpawnerRefusesWhatItDoesNotUnderstand(t *testing.T) {
+	h := newHost(t)
+	r := h.daemon(t)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close() //nolint:errcheck // a test's
+	if _, _, err := r.spawner.spawn(spawnRequest{CgroupParent: h.config.CgroupParent, ID: "unknown"}, null, null, null); err == nil || !strings.Contains(err.Error(), "no cgroup") {
+		t.Errorf("spawn without a cgroup = %v", err)
+	}
+	if err := r.spawner.send([]byte("{"), unix.UnixRights(int(null.Fd()))); err != nil {
+		t.Errorf("send: %v", err)
+	}
+	i := mustStart(t, r, h.sandbox(1)) // it still works
+	want(t, i, "echo works", "works")
+	mustRemove(t, r, h.sandbox(1).ID)
+}
