@@ -44,6 +44,7 @@ func TestConfinement(t *testing.T) {
 		{"echo x >/dev/null; dd if=/dev/zero bs=4 count=1 2>/dev/null | od -An -tx1; head -c 8 /dev/urandom | wc -c", "00 00 00 00\n8"},
 		{"ip -o addr show lo | grep -c 'inet 127.0.0.1/8'", "1"},
 		{"ip -o link | wc -l", "1"},
+		{"awk '$2 == \"/dev\" { print $4 }' /proc/mounts | grep -c nodev", "1"},
 		{"stat -c '%a %u' /work", "755 0"},
 		{"awk '{print $5}' /proc/self/mountinfo | head -1", "/"},
 		{"grep -c /mnt /proc/self/mountinfo || true", "0"}, // nothing of the host's mounts

@@ -36,12 +36,7 @@ func setClock(now time.Time) error {
 
 // addEntropy gives the guest kernel's random generator bytes that only this guest has, and has it use them from its next
 // draw on. Without the second request two clones of one memory image drew the same numbers.
-func addEntropy(bytes []byte) error {
-	device, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
-	if err != nil {
-		return fmt.Errorf("cannot open the random device: %w", err)
-	}
-	defer device.Close()
+func addEntropy(device *os.File, bytes []byte) error {
 	// struct rand_pool_info (linux/random.h).
 	pool := struct {
 		bits, size int32

@@ -138,11 +138,11 @@ func (w *containerWall) enter(config *specs.Spec) (*root, error) {
 	if err := makePrivate(); err != nil {
 		return nil, err
 	}
-	hostDev, err := openDir("/dev")
+	oldDev, err := openDir("/dev")
 	if err != nil {
 		return nil, err
 	}
-	defer hostDev.Close()
+	defer oldDev.Close()
 	// Over the old root, where nothing of this process's sees it but through the descriptor, so that no directory of the
 	// host is needed as a mount point.
 	top, err := openDir("/")
@@ -153,12 +153,7 @@ func (w *containerWall) enter(config *specs.Spec) (*root, error) {
 	if err := attach(w.source, top); err != nil {
 		return nil, err
 	}
-	fs := &rootfs{
-		config:  config,
-		dir:     w.source,
-		addNode: func(dev *os.File, n node) error { return bindNode(hostDev, dev, n) },
-		enter:   func(r *rootfs) error { return pivotInto(r.dir) },
-	}
+	fs := &rootfs{config: config, dir: w.source, oldDev: oldDev, enter: func(r *rootfs) error { return pivotInto(r.dir) }}
 	root, err := fs.run()
 	if err != nil {
 		return nil, err

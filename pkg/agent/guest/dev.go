@@ -42,7 +42,7 @@ func (r *rootfs) makeDevices() error {
 	}
 	defer dev.Close()
 	for _, n := range nodes {
-		if err := r.addNode(dev, n); err != nil {
+		if err := bindNode(r.oldDev, dev, n); err != nil {
 			return err
 		}
 		made, err := openIn(r.dir, "/dev/"+n.name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
@@ -80,11 +80,12 @@ func checkNode(f *os.File, n node) error {
 	return nil
 }
 
-// bindNode puts the host's node into dev. A user namespace may not make nodes, but those of others work in it.
-func bindNode(hostDev, dev *os.File, n node) error {
-	source, err := openIn(hostDev, n.name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
+// bindNode puts a node of the agent's old /dev into dev. A user namespace may not make nodes, but those of others work in
+// it; and where making them is allowed, in a guest, dev is mounted nodev, so that those the workload makes don't work.
+func bindNode(oldDev, dev *os.File, n node) error {
+	source, err := openIn(oldDev, n.name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
 	if err != nil {
-		return fmt.Errorf("cannot find the host's %s: %w", n.name, err)
+		return fmt.Errorf("cannot find the kernel's %s: %w", n.name, err)
 	}
 	defer source.Close()
 	if err := checkNode(source, n); err != nil {
@@ -104,12 +105,4 @@ func bindNode(hostDev, dev *os.File, n node) error {
 	}
 	defer mount.Close()
 	return attach(mount, target)
-}
-
-// makeNode makes the node itself, where the kernel is the sandbox's own.
-func makeNode(dev *os.File, n node) error {
-	if err := unix.Mknodat(int(dev.Fd()), n.name, unix.S_IFCHR|0o666, int(unix.Mkdev(n.major, n.minor))); err != nil {
-		return fmt.Errorf("cannot make %s: %w", n.name, err)
-	}
-	return nil
 }

@@ -119,7 +119,7 @@ func (r *rootfs) maskPath(target *os.File, empty **os.File) error {
 	}
 	mount, err := newMount("tmpfs", "tmpfs", mountOptions{
 		attrs: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC,
-		data:  []string{"size=0", "mode=555"},
+		data:  []string{"size=4k", "mode=555"},
 	})
 	if err != nil {
 		return err

@@ -18,8 +18,8 @@ type rootfs struct {
 	dir *os.File
 	// /dev/null of the new root once its nodes are there, known to be that device.
 	null *os.File
-	// Where device nodes come from: bound from the old root, or made.
-	addNode func(dev *os.File, n node) error
+	// /dev of the old root: the host's, or the guest kernel's devtmpfs.
+	oldDev *os.File
 	// How the agent moves into the new root.
 	enter func(*rootfs) error
 	// What the agent keeps.
@@ -125,8 +125,12 @@ func (r *rootfs) mount(m specs.Mount) error {
 		return fmt.Errorf("type %q: %w", m.Type, errUnsupportedMount)
 	}
 	var how uint64
-	if kind.fixed || path.Clean(m.Destination) == "/dev" {
+	isDev := path.Clean(m.Destination) == "/dev"
+	if kind.fixed || isDev {
 		how = unix.RESOLVE_NO_SYMLINKS
+	}
+	if isDev {
+		o.attrs |= unix.MOUNT_ATTR_NODEV // its nodes are mounts of their own: bindNode
 	}
 	target, err := makeDirIn(r.dir, m.Destination, 0o755, how)
 	if err != nil {

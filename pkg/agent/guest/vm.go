@@ -57,7 +57,11 @@ func runVM() error {
 	if err := loadModules(boot.Modules); err != nil {
 		return err
 	}
-	w := &vmWall{pidOne: newPidOne(), boot: boot}
+	random, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("cannot open the random device: %w", err)
+	}
+	w := &vmWall{pidOne: newPidOne(), boot: boot, random: random}
 	err = serveAsPidOne(newService(w), w.pidOne, newDialListener(dialHost(boot.VsockPort), spec.Preface(token)))
 	return errors.Join(err, w.settleDisk())
 }
@@ -115,13 +119,14 @@ func parseBoot(b []byte) (*spec.VMBoot, [spec.TokenLen]byte, error) {
 // vmWall is the agent's place in a guest kernel.
 type vmWall struct {
 	pidOne
-	boot *spec.VMBoot
-	disk *os.File // the writable layer's root; nil before the container is entered
+	boot   *spec.VMBoot
+	random *os.File // the kernel's, whatever the workload makes of its /dev
+	disk   *os.File // the writable layer's root; nil before the container is entered
 }
 
 // configure implements wall.
 func (w *vmWall) configure(hostname string, now time.Time, entropy []byte) error {
-	if err := addEntropy(entropy); err != nil {
+	if err := addEntropy(w.random, entropy); err != nil {
 		return err
 	}
 	if err := setClock(now); err != nil {
@@ -141,7 +146,12 @@ func (w *vmWall) enter(config *specs.Spec) (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	fs := &rootfs{config: config, dir: dir, addNode: makeNode, enter: func(r *rootfs) error { return moveInto(r.dir) }}
+	oldDev, err := openDir("/dev")
+	if err != nil {
+		return nil, err
+	}
+	defer oldDev.Close()
+	fs := &rootfs{config: config, dir: dir, oldDev: oldDev, enter: func(r *rootfs) error { return moveInto(r.dir) }}
 	root, err := fs.run()
 	if err != nil {
 		return nil, err
