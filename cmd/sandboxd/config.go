@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
@@ -27,6 +28,7 @@ type config struct {
 	idDir       string
 	policy      string
 	vmAccel     string
+	vmKVMTrial  time.Duration
 	vmKernel    string
 	agent       string
 	vsockHelper string
@@ -51,6 +53,7 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.idDir, "id-dir", "/var/lib/sandboxd/ids", "directory in which all daemons of this host share out user ids")
 	f.StringVar(&c.policy, "policy", "", "policy file; without one callers choose the isolation, and auto means vm")
 	f.StringVar(&c.vmAccel, "vm-accel", "kvm", "how VMs run: kvm, tcg (software emulation, for development), or auto (kvm where it works)")
+	f.DurationVar(&c.vmKVMTrial, "vm-kvm-trial", 10*time.Second, "how long the guest that tries KVM out may take; a host that is itself emulated needs more")
 	f.StringVar(&c.vmKernel, "vm-kernel", "", "guest kernel, a vmlinuz; searched for when empty")
 	f.StringVar(&c.agent, "agent", "", "path of sandbox-agent (default: beside this program, else in "+libexec+")")
 	f.StringVar(&c.vsockHelper, "vsock-helper", "", "path of sandbox-vsock (default: beside this program, else in "+libexec+")")
@@ -131,6 +134,9 @@ func (c *config) check() error {
 	}
 	if !slices.Contains([]string{"console", "json"}, c.logFormat) {
 		return fmt.Errorf("cannot use --log-format %q: it is console or json", c.logFormat)
+	}
+	if c.vmKVMTrial < time.Second || c.vmKVMTrial > 10*time.Minute {
+		return fmt.Errorf("cannot use --vm-kvm-trial %v: it is between 1s and 10m", c.vmKVMTrial)
 	}
 	if c.cgroup == "" || strings.Contains(c.cgroup, "..") || strings.HasPrefix(c.cgroup, "/") {
 		return fmt.Errorf("cannot use --cgroup-parent %q: give a name or a relative path without ..", c.cgroup)

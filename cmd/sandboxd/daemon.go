@@ -179,7 +179,7 @@ func newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime,
 	vms, err := microvm.New(microvm.Config{
 		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
 		Logger: log.Named("microvm"), Disk: disks, IDs: ids,
-		Kernel: c.vmKernel, Accel: c.vmAccel, VsockHelper: helper,
+		Kernel: c.vmKernel, Accel: c.vmAccel, KVMTrial: c.vmKVMTrial, VsockHelper: helper,
 	})
 	if err != nil {
 		return nil, err
