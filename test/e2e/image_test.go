@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"log"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -107,7 +108,7 @@ func TestImageFromArchives(t *testing.T) {
 func TestImagePull(t *testing.T) {
 	d := ownDaemon(t)
 	d.watch(t)
-	server := httptest.NewServer(registry.New(registry.WithReferrersSupport(true)))
+	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	defer server.Close()
 	host := strings.TrimPrefix(server.URL, "http://")
 	img := configured(t)
@@ -131,8 +132,14 @@ func TestImagePull(t *testing.T) {
 	d.call(t, "image", "pull", host+"/made/multi@"+digest.String())
 	wantConfigured(t, d, digest.String())
 
-	d.command("image", "pull", host+"/made/multi:missing").run().wantError(t, 125, "missing")
-	d.command("image", "pull", host+"/made/multi@sha256:"+strings.Repeat("0", 64)).run().wantError(t, 125)
+	for _, missing := range []string{":missing", "@sha256:" + strings.Repeat("0", 64)} {
+		r := d.command("image", "pull", host+"/made/multi"+missing).run()
+		// Progress comes first.
+		said := strings.Split(strings.TrimSpace(r.stderr), "\n")
+		if last := said[len(said)-1]; r.code != 125 || !strings.Contains(last, missing) || !strings.Contains(last, "does not have it") {
+			t.Errorf("pull of what the registry lacks: exit code %d, stderr %q", r.code, r.stderr)
+		}
+	}
 	for _, i := range strings.Fields(d.call(t, "image", "ls", "-q").stdout) {
 		d.command("image", "rm", i).run()
 	}

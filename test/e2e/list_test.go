@@ -85,9 +85,6 @@ func TestListIsPaged(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q, oldest first", got, want)
 	}
-	if _, err := d.workloads().ListWorkloads(t.Context(), &sandboxdv1.ListWorkloadsRequest{PageToken: "nonsense"}); err == nil {
-		t.Error("a made-up page token was accepted")
-	}
 }
 
 func TestEvents(t *testing.T) {

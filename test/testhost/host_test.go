@@ -1,6 +1,7 @@
 package testhost
 
 import (
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -8,20 +9,30 @@ import (
 
 const (
 	// A few commands. Emulation is slow, and the machine may be busy.
-	commandPatience = 2 * time.Minute
-	// A group of tests that boot guests of their own.
-	testsPatience = 4 * time.Minute
+	commandPatience = 3 * time.Minute
+	// A package's tests, or a scenario with guests of its own: a minute where the machine has nothing else to do.
+	testsPatience = 8 * time.Minute
 )
 
-// TestHost boots the host once, for boots are what takes long, and shows what the machine at hand can't.
+// environment is what makes test programs do without Go and prefer KVM.
+const environment = "SANDBOXD_TEST_ACCEL=kvm SANDBOXD_TEST_PROGRAMS=/data/bin"
+
+// TestHost boots the host once, for boots are what takes long, and shows there what the machine at hand can't.
 func TestHost(t *testing.T) {
-	h := Boot(t, map[string]string{
-		"src/pkg/runtime/microvm/microvm.test": BuildTest(t, "./pkg/runtime/microvm"),
-		"bin/sandbox-agent":                    Build(t, "./cmd/sandbox-agent"),
-		"bin/sandbox-vsock":                    Build(t, "./cmd/sandbox-vsock"),
-		"bin/rogue":                            Build(t, "./pkg/runtime/microvm/testdata/rogue"),
-		"bin/vsockguest":                       Build(t, "./pkg/runtime/microvm/testdata/vsockguest"),
-	})
+	files := map[string]string{
+		"busybox.tar": filepath.Join(repository(t), ".cache/images/busybox.tar"),
+	}
+	for _, pkg := range []string{
+		"./cmd/sandboxd", "./cmd/sandboxctl", "./cmd/sandbox-agent", "./cmd/sandbox-vsock",
+		"./pkg/runtime/microvm/testdata/rogue", "./pkg/runtime/microvm/testdata/vsockguest",
+	} {
+		files["bin/"+filepath.Base(pkg)] = Build(t, pkg)
+	}
+	for _, pkg := range []string{"./pkg/runtime/microvm", "./pkg/runtime/container", "./pkg/cgroup"} {
+		files["src/"+pkg+"/"+filepath.Base(pkg)+".test"] = BuildTest(t, pkg)
+	}
+	h := Boot(t, files)
+
 	t.Run("is what the others need", func(t *testing.T) {
 		out := h.Must(t, commandPatience, `
 			systemctl is-system-running --wait
@@ -31,29 +42,89 @@ func TestHost(t *testing.T) {
 			stat -c %F:%n /dev/kvm /dev/vhost-vsock`)
 		want := "running\ncgroup2fs\ncharacter special file:/dev/kvm\ncharacter special file:/dev/vhost-vsock\n"
 		if out != want {
-			t.Errorf("the host says\n%s\nwant\n%s", out, want)
+			t.Fatalf("the host says\n%s\nwant\n%s", out, want)
 		}
 	})
 	t.Run("microVMs under KVM with the kernel's vsock", func(t *testing.T) {
-		h.tests(t, "src/pkg/runtime/microvm", "microvm.test", "SANDBOXD_TEST_ACCEL=kvm SANDBOXD_TEST_PROGRAMS=/data/bin",
-			"TestKernelTransport", "TestLifeOfAVM", "TestAVMOutlivesItsDaemon", "TestManyAtOnce")
+		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM", "TestAVMOutlivesItsDaemon")
 	})
+	t.Run("cgroups of version 2", func(t *testing.T) {
+		h.tests(t, "./pkg/cgroup", "TestProcessIsInEveryHierarchyFromItsFirstInstruction", "TestMemoryLimitBites",
+			"TestPidsLimitBites", "TestDeleteKillsForkersAndIsIdempotent", "TestDaemonIsNeverAProcessOfTheGroup")
+	})
+	t.Run("containers on Linux 6.1", func(t *testing.T) {
+		h.tests(t, "./pkg/runtime/container", "TestSandboxStandsAndLeavesNothing", "TestReleaseKeepsTheLayerWithUnshiftedIDs",
+			"TestLimitsBite", "TestNextDaemonFindsSandboxes")
+	})
+	t.Run("daemon with both walls", func(t *testing.T) { testDaemon(t, h) })
 }
 
-// tests runs tests of a test program, each of which must pass: one that skips has shown nothing.
-func (h *Host) tests(t *testing.T, dir, program, environment string, names ...string) {
+// tests runs tests of a package, each of which must pass: one that skips has shown nothing.
+func (h *Host) tests(t *testing.T, pkg string, names ...string) {
 	t.Helper()
-	out, code := h.Run(t, testsPatience, "cd "+dir+" && "+environment+" ./"+program+" -test.v -test.run '^("+strings.Join(names, "|")+")$'")
-	t.Log("\n" + out)
-	if code != 0 {
-		t.Fatalf("exit code %d", code)
+	began := time.Now()
+	out, code := h.Run(t, testsPatience, "cd src/"+pkg+" && "+environment+
+		" ./"+filepath.Base(pkg)+".test -test.v -test.run '^("+strings.Join(names, "|")+")$'")
+	if code != 0 || strings.Contains(out, "--- SKIP") {
+		t.Fatalf("exit code %d, and none may skip\n%s", code, out)
 	}
 	for _, name := range names {
-		if !strings.Contains(out, "\n--- PASS: "+name+" ") {
-			t.Errorf("%s did not pass", name)
+		if !strings.Contains(out, "--- PASS: "+name+" ") {
+			t.Errorf("%s did not pass\n%s", name, out)
 		}
 	}
-	if strings.Contains(out, "--- SKIP") {
-		t.Error("something skipped")
+	t.Logf("took %v", time.Since(began).Round(100*time.Millisecond))
+	for line := range strings.Lines(out) {
+		if strings.HasPrefix(line, "---") || strings.Contains(line, "MB/s") || strings.Contains(line, "median") {
+			t.Log(strings.TrimSpace(line))
+		}
+	}
+}
+
+// testDaemon is a user's way, on a host as production has it: systemd, cgroup v2, KVM, the kernel's vsock.
+func testDaemon(t *testing.T, h *Host) {
+	const ctl = "export PATH=/data/bin:$PATH; set -e\n"
+	h.Must(t, commandPatience, ctl+`
+		start() {
+			systemd-run --quiet --unit=$1 --property=Delegate=yes --property=KillMode=process \
+				/data/bin/sandboxd --vm-accel kvm --vm-kvm-trial 3m
+			for i in $(seq 200); do sandboxctl version >/dev/null 2>&1 && return; sleep 0.1; done
+			journalctl --unit=$1; return 1
+		}
+		declare -f start >/root/start
+		start sandboxd-first
+		sandboxctl image import --name busybox /data/busybox.tar`)
+
+	boot := strings.TrimSpace(h.Must(t, commandPatience, "cat /proc/sys/kernel/random/boot_id"))
+	for _, isolation := range []string{"container", "vm"} {
+		got := h.Must(t, testsPatience, ctl+"sandboxctl run --rm --isolation "+isolation+" busybox cat /proc/sys/kernel/random/boot_id")
+		if same := strings.TrimSpace(got) == boot; same != (isolation == "container") {
+			t.Errorf("%s: boot id %s, the host's is %s", isolation, got, boot)
+		}
+	}
+
+	// A daemon is killed; the next one reaches both through what it finds.
+	h.Must(t, testsPatience, ctl+`
+		sandboxctl run -d --name c --isolation container busybox sleep 1000
+		sandboxctl run -d --name v --isolation vm busybox sleep 1000`)
+	for _, want := range []string{`"accelerator": "kvm"`, `"agentTransport": "vsock"`} {
+		got := h.Must(t, commandPatience, ctl+"sandboxctl --format json inspect v")
+		if !strings.Contains(strings.Join(strings.Fields(got), " "), want) {
+			t.Errorf("inspect lacks %s:\n%s", want, got)
+		}
+	}
+	got := h.Must(t, testsPatience, ctl+`
+		systemctl kill --kill-whom=main --signal=KILL sandboxd-first
+		. /root/start
+		start sandboxd-second
+		sandboxctl exec c echo container
+		sandboxctl exec v echo vm
+		sandboxctl rm -f c v
+		sandboxctl ps -a -q`)
+	if fields := strings.Fields(got); len(fields) < 2 || fields[0] != "container" || fields[1] != "vm" {
+		t.Errorf("after the daemon's death: %q", got)
+	}
+	if out, _ := h.Run(t, commandPatience, "cat /proc/[0-9]*/comm | grep -xE 'qemu-system-x86|sandbox-agent|sandbox-vsock'"); out != "" {
+		t.Errorf("left running:\n%s", out)
 	}
 }

@@ -19,6 +19,16 @@ PACKAGES=(
 	iproute2        # ip, in tests of networks
 	busybox-static  # the small test image
 )
+# Units that only cost the boot time.
+MASKED=(
+	getty.target serial-getty@.service console-getty.service # hang up what else is on the serial line
+	apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer
+	systemd-timesyncd.service systemd-tmpfiles-clean.timer
+	modprobe@.service # of configfs, drm, efi_pstore, fuse: nobody asks for them, and loop comes when it is opened
+	dev-hugepages.mount sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount
+	systemd-pstore.service systemd-update-utmp.service systemd-random-seed.service systemd-journal-flush.service
+	systemd-logind.service systemd-user-sessions.service
+)
 DEBIAN_SUITE=bookworm
 DEBIAN_MIRROR=${DEBIAN_MIRROR:?set it to the address of a mirror of Debian}
 # Of the file system: the packages take 0.5 GiB, tests write the rest. Sparse.
@@ -73,9 +83,7 @@ make_image() {
 	chroot "$work/root" depmod "$(ls "$KERNEL/lib/modules")"
 	echo testhost >"$work/root/etc/hostname"
 	: >"$work/root/etc/fstab"
-	# A serial console's getty hangs up what else is on the line, and nothing here wants a clock or a timer.
-	chroot "$work/root" systemctl mask getty.target serial-getty@.service console-getty.service systemd-timesyncd.service \
-		apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer
+	chroot "$work/root" systemctl mask "${MASKED[@]}"
 	mkfs.ext4 -q -O ^has_journal -m 0 -d "$work/root" "$work/image" "$SIZE"
 	mv "$work/image" "$image"
 }
