@@ -14,8 +14,8 @@ import (
 )
 
 const (
-	// probeTimeout bounds the look at what the host can do; to see whether a guest boots takes longest.
-	probeTimeout = 2 * time.Minute
+	// probeTimeout bounds the look at what the host can do: longer than the longest --vm-kvm-trial.
+	probeTimeout = 11 * time.Minute
 	// probeAgain is how long a no stands before it is looked at again: whoever installs what was missing need not
 	// restart the daemon. A yes stands as long as the daemon.
 	probeAgain = 10 * time.Second

@@ -16,8 +16,9 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-// probeTimeout bounds a runtime's look at the host; finding out whether a guest really boots takes the longest.
-const probeTimeout = 2 * time.Minute
+// probeTimeout bounds a runtime's look at the host: longer than an operator may give the guest that tries KVM out. A
+// caller who does not want to wait that long ends the call.
+const probeTimeout = 11 * time.Minute
 
 type systemService struct {
 	sandboxdv1.UnsafeSystemServiceServer
