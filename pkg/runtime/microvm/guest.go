@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -38,6 +39,8 @@ func prepareGuest(dir, vmlinuz, agent string) (*guest, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Kernel, modules and agent pass through memory once, 150 MB of it, which the daemon would otherwise keep for long.
+	defer debug.FreeOSMemory()
 	g := &guest{kernelPath: vmlinuz}
 	if err := g.prepareKernel(filepath.Join(dir, "kernel")); err != nil {
 		return nil, fmt.Errorf("cannot use the guest kernel %s: %w", vmlinuz, err)
