@@ -185,11 +185,15 @@ func (d *daemon) removeWithin(settle time.Duration) error {
 		}
 		errs = append(errs, d.terminate())
 	}
-	errs = append(errs, d.conn.Close())
 	if left, err := leftAfterDaemon(d, settle); err != nil || len(left) > 0 {
 		errs = append(errs, err, fmt.Errorf("after daemon %s ended, there is left:\n\t%s", d.name, strings.Join(left, "\n\t")))
 	}
-	return errors.Join(append(errs, os.RemoveAll(d.runDir), os.RemoveAll(d.stateDir))...)
+	return errors.Join(append(errs, d.discard())...)
+}
+
+// discard removes a daemon's directories; it must not run, and have left nothing elsewhere.
+func (d *daemon) discard() error {
+	return errors.Join(d.conn.Close(), os.RemoveAll(d.runDir), os.RemoveAll(d.stateDir))
 }
 
 func (d *daemon) importImage(name, file string) error {

@@ -158,7 +158,7 @@ var hostNetwork = func() map[string]bool {
 func listProcesses(d *daemon) ([]string, error) {
 	var found []string
 	for _, p := range descendants() {
-		// Only if it is d's: others daemons of the test have their own. What can't be read has just ended.
+		// What can't be read has just ended.
 		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid))
 		if err != nil {
 			continue
@@ -168,7 +168,12 @@ func listProcesses(d *daemon) ([]string, error) {
 	return found, nil
 }
 
-func listMounts(*daemon) ([]string, error) {
+// sandboxMounts are the file systems that sandboxes are made of. A mount of another kind counts only where it has to do
+// with the daemon's directories: proc, tmpfs and the like come and go on a host for many reasons, and a sandbox has them
+// on top of one of these.
+var sandboxMounts = map[string]bool{"overlay": true, "erofs": true, "ext4": true, "nsfs": true, "cgroup": true, "cgroup2": true}
+
+func listMounts(d *daemon) ([]string, error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
@@ -180,6 +185,10 @@ func listMounts(*daemon) ([]string, error) {
 		// id parent major:minor root where options … - type source options
 		fields := strings.Fields(lines.Text())
 		rest := fields[slices.Index(fields, "-")+1:]
+		ours := d != nil && (strings.Contains(lines.Text(), d.runDir) || strings.Contains(lines.Text(), d.stateDir))
+		if !ours && !sandboxMounts[rest[0]] {
+			continue
+		}
 		found = append(found, fmt.Sprintf("%s on %s, source %s", rest[0], fields[4], rest[1]))
 	}
 	return found, lines.Err()

@@ -78,5 +78,5 @@ func TestTwoDaemons(t *testing.T) {
 	if err := third.start(); err == nil || !strings.Contains(err.Error(), "another sandboxd") {
 		t.Errorf("a second daemon on the same directories: %v", err)
 	}
-	must(t, third.remove())
+	must(t, third.discard())
 }
