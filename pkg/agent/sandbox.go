@@ -93,6 +93,14 @@ func (c *Client) Start(ctx context.Context, containerID, processID string, p *sp
 // Process is a process that was started before, by this client or an earlier daemon's.
 func (c *Client) Process(id string) *Process { return &Process{ID: id, client: c} }
 
+// Retain kills and forgets every process and copy but the one named: what callers of an earlier daemon left.
+func (c *Client) Retain(ctx context.Context, processID string) error {
+	return c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		_, err := agent.Retain(ctx, &agentv1.RetainRequest{ProcessIds: []string{processID}})
+		return err
+	})
+}
+
 // Stats are what the sandbox's own kernel counts.
 func (c *Client) Stats(ctx context.Context) (spec.Claims, error) {
 	var claims spec.Claims

@@ -19,6 +19,9 @@ const (
 	recoverAtOnce = 8
 	// probeLimit bounds the question to an agent whether its process had started when the daemon died.
 	probeLimit = 30 * time.Second
+	// retainLimit bounds the clearing of an agent from an earlier daemon's sessions. An agent that does not answer must
+	// not hold up the daemon's start.
+	retainLimit = 5 * time.Second
 )
 
 // Recover brings every record back to the truth: what runs is followed again, what was half made or half removed is
@@ -113,8 +116,19 @@ func (e *entry) recover(ctx context.Context) error {
 	}
 	e.setRun(r)
 	e.announce(EventRecovered, nil)
+	e.endOldSessions(ctx, r)
 	e.m.owned.Go(func() { e.supervise(r) })
 	return nil
+}
+
+// endOldSessions ends what callers of the daemon before had exec'd: their sessions are gone. It returns before new callers
+// can come.
+func (e *entry) endOldSessions(ctx context.Context, r *run) {
+	ctx, cancel := context.WithTimeout(ctx, retainLimit)
+	defer cancel()
+	if err := r.client.Retain(ctx, r.proc.ID); err != nil && spec.KindOf(err) != spec.KindWrongState {
+		e.m.cfg.Log.Warn("cannot end processes whose callers are gone", zap.String("workload", e.id), zap.Error(err))
+	}
 }
 
 // began asks the agent of a workload that was STARTING whether its process was already running.

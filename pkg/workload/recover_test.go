@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -71,6 +73,33 @@ func TestEndBetweenDaemons(t *testing.T) {
 	}
 	if got := h.logs(m, id); got != "up\nlast words\n" {
 		t.Errorf("logs are %q", got)
+	}
+}
+
+// A caller whose daemon died is gone, and so must be what it had exec'd.
+func TestRestartEndsExecs(t *testing.T) {
+	h := newHost(t)
+	m := h.open()
+	id := h.start(m, "exec sleep 1000")
+	s, err := m.Exec(h.ctx(), id, spec.Process{Command: []string{"sleep", "1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pidfd, err := unix.PidfdOpen(s.PID(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	m = h.boot()
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(waitLimit.Milliseconds()))
+	if n != 1 || err != nil {
+		t.Errorf("the exec'd process runs on: %v", err)
+	}
+	if w, err := m.Get(id); err != nil || w.Status.State != StateRunning {
+		t.Errorf("the workload itself: %+v, %v", w.Status, err)
 	}
 }
 

@@ -3,6 +3,7 @@ package guest
 import (
 	"context"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -176,6 +177,19 @@ func (t *table) get(ctx context.Context, id string) (*process, error) {
 		return nil, notFound("process %q did not start", id)
 	}
 	return p, nil
+}
+
+// others are the processes whose ids are not among keep.
+func (t *table) others(keep []string) []*process {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var out []*process
+	for id, p := range t.byID {
+		if !slices.Contains(keep, id) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // close refuses further processes.

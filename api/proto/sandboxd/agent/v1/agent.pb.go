@@ -191,7 +191,7 @@ func (x CopyRequest_Direction) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CopyRequest_Direction.Descriptor instead.
 func (CopyRequest_Direction) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22, 0}
 }
 
 type ConfigureRequest struct {
@@ -1326,6 +1326,86 @@ func (*ReleaseResponse) Descriptor() ([]byte, []int) {
 	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
+type RetainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ProcessIds    []string               `protobuf:"bytes,1,rep,name=process_ids,json=processIds,proto3" json:"process_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetainRequest) Reset() {
+	*x = RetainRequest{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetainRequest) ProtoMessage() {}
+
+func (x *RetainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetainRequest.ProtoReflect.Descriptor instead.
+func (*RetainRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RetainRequest) GetProcessIds() []string {
+	if x != nil {
+		return x.ProcessIds
+	}
+	return nil
+}
+
+type RetainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetainResponse) Reset() {
+	*x = RetainResponse{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetainResponse) ProtoMessage() {}
+
+func (x *RetainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetainResponse.ProtoReflect.Descriptor instead.
+func (*RetainResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
 type CopyRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -1339,7 +1419,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1351,7 +1431,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +1444,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CopyRequest) GetContainerId() string {
@@ -1403,7 +1483,7 @@ type CopyResponse struct {
 
 func (x *CopyResponse) Reset() {
 	*x = CopyResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1415,7 +1495,7 @@ func (x *CopyResponse) String() string {
 func (*CopyResponse) ProtoMessage() {}
 
 func (x *CopyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1428,7 +1508,7 @@ func (x *CopyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
 func (*CopyResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 type StatsRequest struct {
@@ -1439,7 +1519,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1451,7 +1531,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1464,7 +1544,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 type StatsResponse struct {
@@ -1485,7 +1565,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1577,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1590,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatsResponse) GetMemoryTotalBytes() uint64 {
@@ -1572,7 +1652,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1584,7 +1664,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1597,7 +1677,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ShutdownRequest) GetGraceMs() uint32 {
@@ -1615,7 +1695,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1627,7 +1707,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1640,7 +1720,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 var File_sandboxd_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -1731,7 +1811,11 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x0eReleaseRequest\x12\x1d\n" +
 	"\n" +
 	"process_id\x18\x01 \x01(\tR\tprocessId\"\x11\n" +
-	"\x0fReleaseResponse\"\xf8\x01\n" +
+	"\x0fReleaseResponse\"0\n" +
+	"\rRetainRequest\x12\x1f\n" +
+	"\vprocess_ids\x18\x01 \x03(\tR\n" +
+	"processIds\"\x10\n" +
+	"\x0eRetainResponse\"\xf8\x01\n" +
 	"\vCopyRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1d\n" +
 	"\n" +
@@ -1758,7 +1842,7 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x022\xf2\a\n" +
+	"\rSTREAM_STDERR\x10\x022\xc1\b\n" +
 	"\fAgentService\x12V\n" +
 	"\tConfigure\x12#.sandboxd.agent.v1.ConfigureRequest\x1a$.sandboxd.agent.v1.ConfigureResponse\x12h\n" +
 	"\x0fCreateContainer\x12).sandboxd.agent.v1.CreateContainerRequest\x1a*.sandboxd.agent.v1.CreateContainerResponse\x12G\n" +
@@ -1770,7 +1854,8 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x06Resize\x12 .sandboxd.agent.v1.ResizeRequest\x1a!.sandboxd.agent.v1.ResizeResponse\x12M\n" +
 	"\x06Signal\x12 .sandboxd.agent.v1.SignalRequest\x1a!.sandboxd.agent.v1.SignalResponse\x12G\n" +
 	"\x04Wait\x12\x1e.sandboxd.agent.v1.WaitRequest\x1a\x1f.sandboxd.agent.v1.WaitResponse\x12P\n" +
-	"\aRelease\x12!.sandboxd.agent.v1.ReleaseRequest\x1a\".sandboxd.agent.v1.ReleaseResponse\x12G\n" +
+	"\aRelease\x12!.sandboxd.agent.v1.ReleaseRequest\x1a\".sandboxd.agent.v1.ReleaseResponse\x12M\n" +
+	"\x06Retain\x12 .sandboxd.agent.v1.RetainRequest\x1a!.sandboxd.agent.v1.RetainResponse\x12G\n" +
 	"\x04Copy\x12\x1e.sandboxd.agent.v1.CopyRequest\x1a\x1f.sandboxd.agent.v1.CopyResponse\x12J\n" +
 	"\x05Stats\x12\x1f.sandboxd.agent.v1.StatsRequest\x1a .sandboxd.agent.v1.StatsResponse\x12S\n" +
 	"\bShutdown\x12\".sandboxd.agent.v1.ShutdownRequest\x1a#.sandboxd.agent.v1.ShutdownResponseBBZ@github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1;agentv1b\x06proto3"
@@ -1788,7 +1873,7 @@ func file_sandboxd_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(Stream)(0),                     // 0: sandboxd.agent.v1.Stream
 	(ExecFailure_Reason)(0),         // 1: sandboxd.agent.v1.ExecFailure.Reason
@@ -1813,22 +1898,24 @@ var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(*WaitResponse)(nil),            // 20: sandboxd.agent.v1.WaitResponse
 	(*ReleaseRequest)(nil),          // 21: sandboxd.agent.v1.ReleaseRequest
 	(*ReleaseResponse)(nil),         // 22: sandboxd.agent.v1.ReleaseResponse
-	(*CopyRequest)(nil),             // 23: sandboxd.agent.v1.CopyRequest
-	(*CopyResponse)(nil),            // 24: sandboxd.agent.v1.CopyResponse
-	(*StatsRequest)(nil),            // 25: sandboxd.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 26: sandboxd.agent.v1.StatsResponse
-	(*ShutdownRequest)(nil),         // 27: sandboxd.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 28: sandboxd.agent.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
+	(*RetainRequest)(nil),           // 23: sandboxd.agent.v1.RetainRequest
+	(*RetainResponse)(nil),          // 24: sandboxd.agent.v1.RetainResponse
+	(*CopyRequest)(nil),             // 25: sandboxd.agent.v1.CopyRequest
+	(*CopyResponse)(nil),            // 26: sandboxd.agent.v1.CopyResponse
+	(*StatsRequest)(nil),            // 27: sandboxd.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 28: sandboxd.agent.v1.StatsResponse
+	(*ShutdownRequest)(nil),         // 29: sandboxd.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 30: sandboxd.agent.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
 }
 var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
-	29, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
+	31, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
 	9,  // 1: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
 	1,  // 2: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
 	0,  // 3: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
-	29, // 4: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
+	31, // 4: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
 	10, // 5: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
-	29, // 6: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
+	31, // 6: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
 	2,  // 7: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
 	3,  // 8: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
 	5,  // 9: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
@@ -1839,23 +1926,25 @@ var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
 	17, // 14: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
 	19, // 15: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
 	21, // 16: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
-	23, // 17: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
-	25, // 18: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
-	27, // 19: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
-	4,  // 20: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
-	6,  // 21: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
-	8,  // 22: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
-	12, // 23: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
-	14, // 24: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
-	16, // 25: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
-	18, // 26: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
-	20, // 27: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
-	22, // 28: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
-	24, // 29: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
-	26, // 30: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
-	28, // 31: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
-	20, // [20:32] is the sub-list for method output_type
-	8,  // [8:20] is the sub-list for method input_type
+	23, // 17: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
+	25, // 18: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
+	27, // 19: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
+	29, // 20: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
+	4,  // 21: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
+	6,  // 22: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
+	8,  // 23: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
+	12, // 24: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
+	14, // 25: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
+	16, // 26: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
+	18, // 27: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
+	20, // 28: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
+	22, // 29: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
+	24, // 30: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
+	26, // 31: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
+	28, // 32: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
+	30, // 33: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
+	21, // [21:34] is the sub-list for method output_type
+	8,  // [8:21] is the sub-list for method input_type
 	8,  // [8:8] is the sub-list for extension type_name
 	8,  // [8:8] is the sub-list for extension extendee
 	0,  // [0:8] is the sub-list for field type_name
@@ -1872,7 +1961,7 @@ func file_sandboxd_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_agent_v1_agent_proto_rawDesc), len(file_sandboxd_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -17,6 +17,7 @@ type AgentServiceService interface {
 	Signal(context.Context, *SignalRequest) (*SignalResponse, error)
 	Wait(context.Context, *WaitRequest) (*WaitResponse, error)
 	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
+	Retain(context.Context, *RetainRequest) (*RetainResponse, error)
 	Copy(context.Context, *CopyRequest) (*CopyResponse, error)
 	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
@@ -87,6 +88,13 @@ func RegisterAgentServiceService(srv *ttrpc.Server, svc AgentServiceService) {
 					return nil, err
 				}
 				return svc.Release(ctx, &req)
+			},
+			"Retain": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RetainRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Retain(ctx, &req)
 			},
 			"Copy": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CopyRequest
@@ -190,6 +198,14 @@ func (c *agentserviceClient) Wait(ctx context.Context, req *WaitRequest) (*WaitR
 func (c *agentserviceClient) Release(ctx context.Context, req *ReleaseRequest) (*ReleaseResponse, error) {
 	var resp ReleaseResponse
 	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Release", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentserviceClient) Retain(ctx context.Context, req *RetainRequest) (*RetainResponse, error) {
+	var resp RetainResponse
+	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Retain", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
