@@ -20,8 +20,6 @@ import (
 const (
 	// daemonVariable makes the test program a daemon that starts a VM: what it is to do, as JSON.
 	daemonVariable = "SANDBOXD_TEST_MICROVM_DAEMON"
-	// keepVariable marks a test program that was started by another, which built the programs.
-	keepVariable = "SANDBOXD_TEST_MICROVM_CHILD"
 )
 
 // daemonOrders are what such a daemon is told.

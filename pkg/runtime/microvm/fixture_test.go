@@ -55,12 +55,16 @@ func testTrial() time.Duration {
 	return 0
 }
 
-// programs are built once for all tests.
+// programsDir is where programs lie once they are built.
+var programsDir string
+
+// programs are built once for all tests, when the first one needs them.
 var programs = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "sandboxd-microvm-test-")
 	if err != nil {
 		return "", err
 	}
+	programsDir = dir
 	// The vsock helper runs as a user of its own.
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return dir, err
@@ -112,8 +116,8 @@ func TestMain(m *testing.M) {
 		runDaemon()
 	}
 	code := m.Run()
-	if dir, err := programs(); os.Getenv(keepVariable) == "" && err == nil {
-		_ = os.RemoveAll(dir)
+	if programsDir != "" {
+		_ = os.RemoveAll(programsDir)
 	}
 	os.Exit(code)
 }

@@ -125,10 +125,13 @@ func (g *guest) prepareKernel(dir string) error {
 	}
 	g.release = kernel.release
 	// QEMU reads it unprivileged, through a descriptor: no path leads through the private directories above.
-	if err := writeFileAtomic(g.vmlinuxPath, kernel.vmlinux, 0o444); err != nil {
+	if err := writeFileDurable(g.vmlinuxPath, kernel.vmlinux, 0o444); err != nil {
 		return err
 	}
-	return writeFileAtomic(releasePath, []byte(kernel.release), 0o400)
+	if err := writeFileDurable(releasePath, []byte(kernel.release), 0o400); err != nil {
+		return err
+	}
+	return removeOthers(dir, cache)
 }
 
 // prepareInitramfs makes dir/<sha256>.cpio, unless it is there.
@@ -158,13 +161,13 @@ func (g *guest) prepareInitramfs(dir, agentPath string) error {
 	if _, err := os.Stat(g.initramfsPath); err == nil {
 		return nil
 	}
-	if err := writeFileAtomic(g.initramfsPath, archive, 0o400); err != nil {
+	if err := writeFileDurable(g.initramfsPath, archive, 0o400); err != nil {
 		return err
 	}
 	return removeOthers(dir, g.initramfsPath)
 }
 
-// removeOthers deletes the archives of agents and kernels that were replaced. VMs have copies of their own.
+// removeOthers deletes what belongs to agents and kernels that were replaced. VMs have it open, or a copy of their own.
 func removeOthers(dir, keep string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -175,7 +178,7 @@ func removeOthers(dir, keep string) error {
 		if path == keep {
 			continue
 		}
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.RemoveAll(path); err != nil {
 			return fmt.Errorf("cannot clean up %s: %w", dir, err)
 		}
 	}
@@ -205,8 +208,17 @@ func readFileBounded(path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// writeFileAtomic makes the file's directory and the file, which is whole and on disk when it appears.
+// writeFileDurable is writeFileAtomic for what must be whole after a crash of the host, too.
+func writeFileDurable(path string, data []byte, perm fs.FileMode) error {
+	return writeFile(path, data, perm, (*os.File).Sync)
+}
+
+// writeFileAtomic makes the file's directory and the file, which is whole when it appears.
 func writeFileAtomic(path string, data []byte, perm fs.FileMode) error {
+	return writeFile(path, data, perm, func(*os.File) error { return nil })
+}
+
+func writeFile(path string, data []byte, perm fs.FileMode, finish func(*os.File) error) error {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -220,7 +232,7 @@ func writeFileAtomic(path string, data []byte, perm fs.FileMode) error {
 		err = f.Chmod(perm)
 	}
 	if err == nil {
-		err = f.Sync()
+		err = finish(f)
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
 		err = os.Rename(f.Name(), path)

@@ -300,7 +300,7 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	}
 	a := vmArgs{
 		ID: b.sandbox.ID, Accelerator: b.accel,
-		CPUs:        min((b.sandbox.Resources.CPUMillis+999)/1000, maxCPUs),
+		CPUs:        min(max((b.sandbox.Resources.CPUMillis+999)/1000, 1), maxCPUs),
 		MemoryBytes: b.sandbox.Resources.MemoryBytes &^ (1<<12 - 1),
 		Firmware:    firmware(path),
 		Transport:   b.rec.Transport.Name, CID: b.rec.Transport.CID,
