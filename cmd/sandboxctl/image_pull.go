@@ -49,7 +49,7 @@ type progress interface {
 
 func (a *app) newProgress() progress {
 	if isTerminal(a.stderr) {
-		return &bars{container: mpb.New(mpb.WithOutput(a.stderr), mpb.WithWidth(80)), bars: make(map[string]*mpb.Bar)}
+		return newBars(a.stderr)
 	}
 	return &lines{w: a.stderr, last: make(map[string]time.Time), now: time.Now}
 }
@@ -68,7 +68,14 @@ type bars struct {
 	bars      map[string]*mpb.Bar
 }
 
+func newBars(w io.Writer) *bars {
+	return &bars{container: mpb.New(mpb.WithOutput(w), mpb.WithWidth(80)), bars: make(map[string]*mpb.Bar)}
+}
+
 func (b *bars) report(p *sandboxdv1.PullProgress) {
+	if p.GetTotalBytes() == 0 && p.GetDoneBytes() == 0 {
+		return // nothing to draw: it will soon be over
+	}
 	name := step(p)
 	bar := b.bars[name]
 	if bar == nil {
@@ -84,10 +91,12 @@ func (b *bars) report(p *sandboxdv1.PullProgress) {
 	bar.SetCurrent(int64(p.GetDoneBytes()))
 }
 
-// end completes bars whose last report was not the whole, so that the container has nothing to wait for.
+// end lets go of bars that have not come to their end, of a pull that failed, so that the container does not wait for them.
 func (b *bars) end() {
 	for _, bar := range b.bars {
-		bar.SetTotal(-1, true)
+		if !bar.Completed() {
+			bar.Abort(false)
+		}
 	}
 	b.container.Wait()
 }

@@ -243,6 +243,31 @@ func TestPullLines(t *testing.T) {
 	}
 }
 
+// Whatever was reported last, the bars let go of the terminal: a pull that failed leaves steps unfinished.
+func TestPullBarsEnd(t *testing.T) {
+	var out bytes.Buffer
+	b := newBars(&out)
+	for _, p := range []*sandboxdv1.PullProgress{
+		{Phase: "resolve"}, {Phase: "fetch", Layer: "sha256:a", DoneBytes: 5, TotalBytes: 10}, {Phase: "fetch", Layer: "sha256:b", DoneBytes: 10, TotalBytes: 10},
+		{Phase: "build", DoneBytes: 7}, {Phase: "build", DoneBytes: 7, TotalBytes: 7}, {Phase: "build", DoneBytes: 7, TotalBytes: 7},
+	} {
+		b.report(p)
+	}
+	ended := make(chan struct{})
+	go func() {
+		b.end()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the bars wait for steps that will not end")
+	}
+	if len(b.bars) != 3 {
+		t.Errorf("%d bars, want one for each layer and one for the build", len(b.bars))
+	}
+}
+
 func TestPolicyCheck(t *testing.T) {
 	dir := t.TempDir()
 	good, bad := dir+"/good.yaml", dir+"/bad.yaml"

@@ -139,7 +139,7 @@ func (p *Process) copyOut(stdout, stderr io.Writer) (*sandboxdv1.ProcessExit, er
 }
 
 func (p *Process) copyIn(stdin io.Reader) {
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, pieceBytes)
 	for {
 		n, err := stdin.Read(buf)
 		if n > 0 && p.send(func() error { return p.conv.stdin(buf[:n]) }) != nil {

@@ -49,7 +49,7 @@ func (s *imageService) ImportImage(stream grpc.ClientStreamingServer[sandboxdv1.
 }
 
 func (s *imageService) PullImage(r *sandboxdv1.PullImageRequest, stream grpc.ServerStreamingServer[sandboxdv1.PullImageResponse]) error {
-	p := &pullProgress{stream: stream, last: make(map[string]time.Time)}
+	p := &pullProgress{stream: stream, last: make(map[string]time.Time), complete: make(map[string]bool)}
 	img, err := s.Images.Pull(stream.Context(), r.GetReference(), image.PullOptions{Insecure: r.GetInsecure(), Progress: p.report})
 	p.end()
 	if err != nil {
@@ -63,20 +63,22 @@ func (s *imageService) PullImage(r *sandboxdv1.PullImageRequest, stream grpc.Ser
 type pullProgress struct {
 	stream grpc.ServerStreamingServer[sandboxdv1.PullImageResponse]
 
-	mu    sync.Mutex
-	last  map[string]time.Time // of the last report, by phase and layer
-	ended bool
+	mu       sync.Mutex
+	last     map[string]time.Time // of the last report, by phase and layer
+	complete map[string]bool
+	ended    bool
 }
 
 func (p *pullProgress) report(progress image.Progress) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	key := progress.Phase + " " + progress.Layer
+	// The end of a step is always told, but once.
 	complete := progress.Total > 0 && progress.Done >= progress.Total
-	if p.ended || (!complete && time.Since(p.last[key]) < progressEvery) {
+	if p.ended || p.complete[key] || (!complete && time.Since(p.last[key]) < progressEvery) {
 		return
 	}
-	p.last[key] = time.Now()
+	p.last[key], p.complete[key] = time.Now(), complete
 	// A client that went away ends the pull through the context; its progress concerns nobody.
 	_ = p.stream.Send(&sandboxdv1.PullImageResponse{
 		Response: &sandboxdv1.PullImageResponse_Progress{Progress: progressToAPI(progress)},

@@ -226,6 +226,9 @@ func TestImages(t *testing.T) {
 				for done := range int64(1000) {
 					o.Progress(image.Progress{Phase: "fetch", Layer: "sha256:l", Done: done + 1, Total: 1000})
 				}
+				for range 1000 {
+					o.Progress(image.Progress{Phase: "fetch", Layer: "sha256:l", Done: 1000, Total: 1000})
+				}
 				return img, nil
 			},
 			get: func(string) (image.Image, error) { return img, nil },
