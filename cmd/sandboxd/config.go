@@ -50,7 +50,7 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.socketGroup, "socket-group", "", "group whose members may call the daemon, besides root")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sandboxd", "directory of images, records, logs and writable layers")
 	f.StringVar(&c.runDir, "run-dir", "/run/sandboxd", "directory of what does not outlive a boot")
-	f.StringVar(&c.idDir, "id-dir", "/var/lib/sandboxd/ids", "directory in which all daemons of this host share out user ids")
+	f.StringVar(&c.idDir, "id-dir", "/run/sandboxd/ids", "directory in which all daemons of this host share out user ids")
 	f.StringVar(&c.policy, "policy", "", "policy file; without one callers choose the isolation, and auto means vm")
 	f.StringVar(&c.vmAccel, "vm-accel", "kvm", "how VMs run: kvm, tcg (software emulation, for development), or auto (kvm where it works)")
 	f.DurationVar(&c.vmKVMTrial, "vm-kvm-trial", 10*time.Second, "how long the guest that tries KVM out may take; a host that is itself emulated needs more")
