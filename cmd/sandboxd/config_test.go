@@ -24,7 +24,7 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.stateDir != "/from/file" || c.runDir != "/from/flag" || c.vmAccel != "auto" || c.logLevel != "debug" || c.idDir != "/var/lib/sandboxd/ids" {
+	if c.stateDir != "/from/file" || c.runDir != "/from/flag" || c.vmAccel != "auto" || c.logLevel != "debug" || c.idDir != "/run/sandboxd/ids" {
 		t.Errorf("%+v", c)
 	}
 }

@@ -69,7 +69,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	}
 	d.onClose(d.closeListener)
 
-	runtimes, err := newRuntimes(c, log)
+	runtimes, err := d.newRuntimes(c, log)
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +155,7 @@ func loadPolicy(path string) (*policy.Policy, error) {
 }
 
 // newRuntimes is where the daemon learns which walls there are.
-func newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime, error) {
+func (d *daemon) newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime, error) {
 	agent, err := program("agent", c.agent, "sandbox-agent")
 	if err != nil {
 		return nil, err
@@ -176,6 +176,7 @@ func newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime,
 	if err != nil {
 		return nil, err
 	}
+	d.onClose(containers.Close)
 	vms, err := microvm.New(microvm.Config{
 		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
 		Logger: log.Named("microvm"), Disk: disks, IDs: ids,
@@ -184,6 +185,7 @@ func newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime,
 	if err != nil {
 		return nil, err
 	}
+	d.onClose(vms.Close)
 	return map[spec.Isolation]runtime.Runtime{
 		spec.IsolationContainer: containers,
 		spec.IsolationVM:        vms,
