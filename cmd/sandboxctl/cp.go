@@ -45,8 +45,8 @@ the sandbox, and here to whoever runs sandboxctl, unless -a is given; setuid bit
 			return a.copyOut(ctx, c, src, dst.path, o)
 		}),
 	}
-	bool2(cmd.Flags(), &o.archive, "archive", "a", "keep owners, as numbers")
-	bool2(cmd.Flags(), &o.followLink, "follow-link", "L", "if SRC is a symbolic link here, copy what it points to")
+	boolFlag(cmd.Flags(), &o.archive, "archive", "a", "keep owners, as numbers")
+	boolFlag(cmd.Flags(), &o.followLink, "follow-link", "L", "if SRC is a symbolic link here, copy what it points to")
 	return cmd
 }
 
@@ -83,7 +83,7 @@ const (
 	aDir
 )
 
-// place decides by docker's rules where a copy of src goes; base is src's own name, dst its destination.
+// placeCopy decides by docker's rules where a copy of src goes; base is src's own name, dst its destination.
 func placeCopy(srcIsDir, srcContents bool, base string, dst string, dstSlash bool, found existing) (target, error) {
 	dir, name := path.Split(dst)
 	if dir = path.Clean(dir); name == "" {

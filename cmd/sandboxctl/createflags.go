@@ -50,8 +50,8 @@ func (c *createFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&c.ulimits, "ulimit", nil, "TYPE=SOFT[:HARD], such as nofile=1024:2048; may be repeated")
 	f.StringVar(&c.entrypoint, "entrypoint", "", "program instead of the image's entrypoint; empty to have none")
 	f.StringVar(&c.stopSignal, "stop-signal", "", "what stop sends first, such as SIGTERM")
-	bool2(f, &c.interactive, "interactive", "i", "keep standard input open")
-	bool2(f, &c.tty, "tty", "t", "give the process a terminal")
+	boolFlag(f, &c.interactive, "interactive", "i", "keep standard input open")
+	boolFlag(f, &c.tty, "tty", "t", "give the process a terminal")
 }
 
 // request is the workload that flags, image and command ask for.

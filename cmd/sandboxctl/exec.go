@@ -44,8 +44,8 @@ away the command is ended.`,
 		},
 	}
 	f := cmd.Flags()
-	bool2(f, &interactive, "interactive", "i", "pass on standard input")
-	bool2(f, &tty, "tty", "t", "give the command a terminal")
+	boolFlag(f, &interactive, "interactive", "i", "pass on standard input")
+	boolFlag(f, &tty, "tty", "t", "give the command a terminal")
 	f.StringVarP(&user, "user", "u", "", "NAME|UID[:GROUP|GID]; the workload's when left out")
 	f.StringVarP(&workdir, "workdir", "w", "", "working directory; the workload's when left out")
 	f.StringArrayVarP(&env, "env", "e", nil, "NAME=value, or NAME to take it from here; may be repeated")

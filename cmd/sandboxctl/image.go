@@ -40,7 +40,7 @@ func (a *app) imageLsCommand() *cobra.Command {
 			return a.printImages(images, quiet)
 		}),
 	}
-	bool2(cmd.Flags(), &quiet, "quiet", "q", "only digests")
+	boolFlag(cmd.Flags(), &quiet, "quiet", "q", "only digests")
 	return cmd
 }
 

@@ -42,8 +42,8 @@ func (a *app) logsCommand() *cobra.Command {
 		}),
 	}
 	f := cmd.Flags()
-	bool2(f, &follow, "follow", "f", "go on until the workload ends")
-	bool2(f, &timestamps, "timestamps", "t", "put the time before each line")
+	boolFlag(f, &follow, "follow", "f", "go on until the workload ends")
+	boolFlag(f, &timestamps, "timestamps", "t", "put the time before each line")
 	f.StringVar(&tail, "tail", "all", "only the last so many lines")
 	f.StringVar(&since, "since", "", "only from a time on: 2006-01-02T15:04:05Z, or 10m for ten minutes ago")
 	return cmd

@@ -162,8 +162,8 @@ func subcommands(cmd *cobra.Command, args []string) error {
 	return cmd.Help()
 }
 
-// bool2 defines a flag with a short name whose default is false.
-func bool2(f *pflag.FlagSet, p *bool, name, short, usage string) {
+// boolFlag defines a flag with a short name whose default is false.
+func boolFlag(f *pflag.FlagSet, p *bool, name, short, usage string) {
 	f.BoolVarP(p, name, short, false, usage)
 }
 

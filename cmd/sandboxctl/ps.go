@@ -44,8 +44,8 @@ prints one array of workloads.`,
 			return a.printWorkloads(list, quiet)
 		}),
 	}
-	bool2(cmd.Flags(), &all, "all", "a", "also those that do not run")
-	bool2(cmd.Flags(), &quiet, "quiet", "q", "only ids")
+	boolFlag(cmd.Flags(), &all, "all", "a", "also those that do not run")
+	boolFlag(cmd.Flags(), &quiet, "quiet", "q", "only ids")
 	cmd.Flags().StringArrayVar(&filters, "filter", nil, "label=KEY[=VALUE], state=STATE, isolation=container|vm or name=PART; may be repeated")
 	return cmd
 }

@@ -25,6 +25,6 @@ func (a *app) rmCommand() *cobra.Command {
 			})
 		}),
 	}
-	bool2(cmd.Flags(), &force, "force", "f", "kill them first if they run")
+	boolFlag(cmd.Flags(), &force, "force", "f", "kill them first if they run")
 	return cmd
 }

@@ -50,7 +50,7 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 		},
 	}
 	flags.register(cmd.Flags())
-	bool2(cmd.Flags(), &detach, "detach", "d", "print the id and leave it running")
+	boolFlag(cmd.Flags(), &detach, "detach", "d", "print the id and leave it running")
 	cmd.Flags().BoolVar(&remove, "rm", false, "delete the workload when it has ended, or when this program is interrupted")
 	cmd.Flags().SetInterspersed(false)
 	return cmd

@@ -139,7 +139,7 @@ func (c *config) check() error {
 		return fmt.Errorf("cannot use --vm-kvm-trial %v: it is between 1s and 10m", c.vmKVMTrial)
 	}
 	if c.cgroup == "" || strings.Contains(c.cgroup, "..") || strings.HasPrefix(c.cgroup, "/") {
-		return fmt.Errorf("cannot use --cgroup-parent %q: give a name or a relative path without ..", c.cgroup)
+		return fmt.Errorf("cannot use --cgroup-parent %q: give a name, or a relative path that stays below", c.cgroup)
 	}
 	return nil
 }

@@ -175,7 +175,7 @@ func resourcesToAPI(s spec.Resources) *sandboxdv1.Resources {
 	}
 }
 
-// checkEntries refuses lists in which a value would be a surprise further down: protovalidate has no rule for the bytes
+// checkArgs refuses arguments that would be cut short further down: protovalidate has no rule for the bytes
 // of an argument, and the kernel ends an argument at its first NUL.
 func checkArgs(field string, args []string) error {
 	for i, a := range args {
