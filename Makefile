@@ -44,7 +44,7 @@ test-assets: ## fetch what tests and demo need: packages, guest kernel, images
 	@scripts/setup.sh
 
 .PHONY: test
-test: test-assets build proto-check lint test-unit test-e2e ## everything that CI runs
+test: test-assets build proto-check lint test-unit test-e2e test-host ## everything that CI runs
 
 .PHONY: test-unit
 test-unit: test-assets build ## tests beside the code
@@ -53,6 +53,10 @@ test-unit: test-assets build ## tests beside the code
 .PHONY: test-e2e
 test-e2e: test-assets build ## scenarios through the programs, each in a container and in a VM
 	@scripts/test.sh e2e
+
+.PHONY: test-host
+test-host: test-assets ## what this machine may lack, in a Debian of its own in QEMU: KVM, kernel vsock, cgroup v2, systemd
+	@scripts/test.sh host
 
 .PHONY: demo
 demo: test-assets build ## one program, one image, two walls: see it work

@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh unit    the tests beside the code, and those of tools/
 #   scripts/test.sh e2e     the scenarios
+#   scripts/test.sh host    what needs the test host, in one that it boots
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -10,7 +11,7 @@ set -euo pipefail
 MODULE=github.com/sandboxd/sandboxd
 
 # A package's tests that take longer hang.
-readonly UNIT_TIMEOUT=10m E2E_TIMEOUT=25m
+readonly UNIT_TIMEOUT=10m E2E_TIMEOUT=25m HOST_TIMEOUT=25m
 
 # These share state between goroutines on every path, so they run under the race detector, which needs cgo.
 RACE=(./pkg/workload/... ./pkg/agent/... ./pkg/vhostvsock/... ./pkg/server/... ./pkg/client/...)
@@ -36,7 +37,7 @@ unit() {
 	local race heavy rest
 	race=$(packages "${RACE[@]}")
 	heavy=$(packages "${HEAVY[@]}")
-	rest=$(packages ./... | grep -vxF "$race"$'\n'"$heavy"$'\n'"$MODULE/test/e2e")
+	rest=$(packages ./... | grep -vxF "$race"$'\n'"$heavy"$'\n'"$MODULE/test/e2e"$'\n'"$MODULE/test/testhost")
 	# shellcheck disable=SC2086  # one argument per package
 	{
 		go_test "most packages" -timeout "$UNIT_TIMEOUT" $rest
@@ -49,9 +50,12 @@ unit() {
 
 e2e() { go_test "scenarios" -timeout "$E2E_TIMEOUT" ./test/e2e; }
 
+host() { go_test "in the test host" -timeout "$HOST_TIMEOUT" ./test/testhost; }
+
 case ${1:-} in
 unit) unit ;;
 e2e) e2e ;;
-*) fail "usage: scripts/test.sh unit|e2e" ;;
+host) host ;;
+*) fail "usage: scripts/test.sh unit|e2e|host" ;;
 esac
 say "tests passed: $1"

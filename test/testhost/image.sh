@@ -46,7 +46,8 @@ main() {
 	flock --wait "$LOCK_SECONDS" "$lock" || fail "cannot get $DIR/lock: another setup has had it for $LOCK_SECONDS s"
 	compgen -G "$KERNEL/boot/vmlinuz-*" >/dev/null || "$ROOT/scripts/setup.sh" kernel >&2
 	key=$( (
-		cat "${BASH_SOURCE[0]}"
+		declare -f make_image
+		declare -p PACKAGES MASKED DEBIAN_SUITE SIZE
 		ls "$KERNEL/boot"
 	) | sha256sum | cut -c1-16)
 	image=$DIR/root-$key.ext4
@@ -62,12 +63,13 @@ make_image() {
 	local image=$1 work proxy include options=()
 	work=$(mktemp -d "$DIR/new.XXXXXX")
 	# shellcheck disable=SC2064  # this $work
-	trap "rm -rf '$work'" EXIT
+	trap "rm -rf --one-file-system '$work'" EXIT
 	# mmdebstrap has its own apt, which must take the same way out as the host's.
 	proxy=$(apt-config shell p Acquire::http::Proxy | sed -n "s/^p='\(.*\)'$/\1/p")
 	[[ -z $proxy ]] || options+=("--aptopt=Acquire::http::Proxy \"$proxy\"")
 	include=$(IFS=,; echo "${PACKAGES[*]}")
-	TMPDIR=$work retry "$TRIES" "$MMDEBSTRAP_SECONDS" mmdebstrap --variant=minbase --include="$include" "${options[@]}" \
+	# In a mount namespace of its own: what it mounts ends with it, even if it is killed.
+	TMPDIR=$work retry "$TRIES" "$MMDEBSTRAP_SECONDS" unshare --mount mmdebstrap --variant=minbase --include="$include" "${options[@]}" \
 		--aptopt='Acquire::Retries "3"' --aptopt='Acquire::http::Timeout "30"' \
 		--dpkgopt='path-exclude=/usr/share/doc/*' \
 		--dpkgopt='path-exclude=/usr/share/man/*' \
