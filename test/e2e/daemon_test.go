@@ -269,6 +269,13 @@ func startChild(cmd *exec.Cmd) error {
 	return nil
 }
 
+// isChild reports whether a living process was started by the test itself.
+func isChild(pid int) bool {
+	children.Lock()
+	defer children.Unlock()
+	return children.pids[pid]
+}
+
 func waitChild(cmd *exec.Cmd) error {
 	err := cmd.Wait()
 	children.Lock()

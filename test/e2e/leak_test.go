@@ -157,10 +157,16 @@ var hostNetwork = func() map[string]bool {
 
 func listProcesses(d *daemon) ([]string, error) {
 	var found []string
+	spawners := map[int]bool{}
 	for _, p := range descendants() {
 		// What can't be read has just ended.
 		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid))
 		if err != nil {
+			continue
+		}
+		// A daemon forks its containers from a small process, which is part of it: one, for as long as it lives.
+		if string(command) == "sandboxd-spawner\x00" && isChild(p.parent) && !spawners[p.parent] {
+			spawners[p.parent] = true
 			continue
 		}
 		found = append(found, fmt.Sprintf("%d %s, child of %d: %s", p.pid, p.name, p.parent, strings.ReplaceAll(abridged(string(command)), "\x00", " ")))
