@@ -43,6 +43,10 @@ func Config(id string, w spec.Workload, img spec.ImageConfig, granted spec.Isola
 	if err != nil {
 		return nil, err
 	}
+	// Whatever ends the workload one day must not be the first to look at it.
+	if _, err := StopSignal(w, img); err != nil {
+		return nil, err
+	}
 	hostname := w.Hostname
 	if hostname == "" {
 		hostname = id[:defaultHostnameLen]

@@ -91,11 +91,13 @@ func TestRefused(t *testing.T) {
 		"same target twice": {with(func(w *spec.Workload) {
 			w.Mounts = []spec.Mount{{Type: spec.MountTmpfs, Target: "/d"}, {Type: spec.MountTmpfs, Target: "/d/"}}
 		}), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts[1].target", "two mounts"},
-		"too many mounts": {with(func(w *spec.Workload) { w.Mounts = make([]spec.Mount, maxMounts+1) }), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts", "at most"},
-		"network":         {with(func(w *spec.Workload) { w.Network = "bridge" }), spec.ImageConfig{}, spec.KindUnsupported, "spec.network", "use none"},
-		"capability":      {with(func(w *spec.Workload) { w.CapAdd = []string{"CAP_FLY"} }), spec.ImageConfig{}, spec.KindInvalid, "spec.cap_add", "unknown"},
-		"dropped too":     {with(func(w *spec.Workload) { w.CapDrop = []string{"FLY"} }), spec.ImageConfig{}, spec.KindInvalid, "spec.cap_drop", "unknown"},
-		"rlimit":          {with(func(w *spec.Workload) { w.Process.Rlimits = []spec.Rlimit{{Type: "files"}} }), spec.ImageConfig{}, spec.KindInvalid, "spec.process.rlimits", "unknown"},
+		"too many mounts":     {with(func(w *spec.Workload) { w.Mounts = make([]spec.Mount, maxMounts+1) }), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts", "at most"},
+		"stop signal":         {with(func(w *spec.Workload) { w.StopSignal = "SIGFOO" }), spec.ImageConfig{StopSignal: "TERM"}, spec.KindInvalid, "spec.stop_signal", `"SIGFOO" is unknown`},
+		"image's stop signal": {with(func(*spec.Workload) {}), spec.ImageConfig{StopSignal: "SIGFOO"}, spec.KindInvalid, "spec.stop_signal", "the image's stop signal"},
+		"network":             {with(func(w *spec.Workload) { w.Network = "bridge" }), spec.ImageConfig{}, spec.KindUnsupported, "spec.network", "use none"},
+		"capability":          {with(func(w *spec.Workload) { w.CapAdd = []string{"CAP_FLY"} }), spec.ImageConfig{}, spec.KindInvalid, "spec.cap_add", "unknown"},
+		"dropped too":         {with(func(w *spec.Workload) { w.CapDrop = []string{"FLY"} }), spec.ImageConfig{}, spec.KindInvalid, "spec.cap_drop", "unknown"},
+		"rlimit":              {with(func(w *spec.Workload) { w.Process.Rlimits = []spec.Rlimit{{Type: "files"}} }), spec.ImageConfig{}, spec.KindInvalid, "spec.process.rlimits", "unknown"},
 		"rlimit upside down": {with(func(w *spec.Workload) { w.Process.Rlimits = []spec.Rlimit{{Type: "core", Soft: 2, Hard: 1}} }),
 			spec.ImageConfig{}, spec.KindInvalid, "spec.process.rlimits", "above the hard"},
 		"rlimit twice": {with(func(w *spec.Workload) { w.Process.Rlimits = []spec.Rlimit{{Type: "core"}, {Type: "RLIMIT_CORE"}} }),
@@ -398,6 +400,25 @@ func TestParseSignal(t *testing.T) {
 	for _, name := range []string{"", "0", "65", "-1", "SIG", "SIGFOO", "RTMIN3", "RTMIN-1", "RTMIN+31", "RTMAX+1", "RTMIN+99999999999999999999", "+9", "RTMIN+9223372036854775807", " 9", "9.0"} {
 		if got, err := ParseSignal(name); spec.KindOf(err) != spec.KindInvalid || err == nil {
 			t.Errorf("%q: %d, %v", name, got, err)
+		}
+	}
+}
+
+// The request's signal goes before the image's, whatever the image says.
+func TestStopSignal(t *testing.T) {
+	for _, c := range []struct {
+		asked, image string
+		want         syscall.Signal
+	}{
+		{"", "", syscall.SIGTERM},
+		{"", "SIGQUIT", syscall.SIGQUIT},
+		{"INT", "SIGQUIT", syscall.SIGINT},
+		{"3", "SIGFOO", syscall.SIGQUIT},
+		{"RTMIN+3", "", 37},
+	} {
+		got, err := StopSignal(spec.Workload{StopSignal: c.asked}, spec.ImageConfig{StopSignal: c.image})
+		if err != nil || got != c.want {
+			t.Errorf("asked %q, image %q: %d, %v, want %d", c.asked, c.image, got, err, c.want)
 		}
 	}
 }

@@ -56,3 +56,20 @@ func ParseSignal(name string) (syscall.Signal, error) {
 	}
 	return bad()
 }
+
+// StopSignal is what asks the workload w, made from an image that says img, to end: what w names, else what the image
+// names, else SIGTERM. A workload that Config accepts has one.
+func StopSignal(w spec.Workload, img spec.ImageConfig) (syscall.Signal, error) {
+	name := first(w.StopSignal, img.StopSignal)
+	if name == "" {
+		return syscall.SIGTERM, nil
+	}
+	sig, err := ParseSignal(name)
+	switch {
+	case err == nil:
+		return sig, nil
+	case w.StopSignal == "":
+		return 0, spec.Invalidf("spec.stop_signal", "cannot use the image's stop signal, so give one: %w", err)
+	}
+	return 0, spec.Invalidf("spec.stop_signal", "%w", err)
+}
