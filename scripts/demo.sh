@@ -13,9 +13,10 @@ cd "$ROOT"
 kernel=$(compgen -G "$CACHE/kernel/boot/vmlinuz-*" | head -n 1)
 
 # Short, since the path of a socket has at most 107 bytes; the state lies with the cache, on a real file system.
-run_dir=$(mktemp -d /run/sandboxd-demo.XXXXXX)
+run_dir=$(mktemp -d /run/sandboxd-demo-XXXXXX)
 state_dir=$(mktemp -d "$CACHE/demo.XXXXXX")
 export SANDBOXD_ADDRESS=unix://$run_dir/sandboxd.sock
+cgroup=${run_dir##*/}
 daemon=
 daemon_log=$LOGS/demo-sandboxd.log
 
@@ -43,6 +44,8 @@ clean_up() {
 		stop_daemon || code=1
 	fi
 	rm -rf "$run_dir" "$state_dir" || code=1
+	# Empty by now, in each hierarchy that has it.
+	find /sys/fs/cgroup -maxdepth 2 -type d -name "$cgroup" -exec rmdir {} + || code=1
 	exit "$code"
 }
 
@@ -92,7 +95,7 @@ began=$(date +%s)
 
 heading "One image: Debian, built by mmdebstrap, imported into one read-only EROFS file"
 bin/sandboxd --listen "$SANDBOXD_ADDRESS" --state-dir "$state_dir" --run-dir "$run_dir" --policy scripts/demo-policy.yaml \
-	--vm-accel auto --vm-kernel "$kernel" >"$daemon_log" 2>&1 &
+	--cgroup-parent "$cgroup" --vm-accel auto --vm-kernel "$kernel" >"$daemon_log" 2>&1 &
 daemon=$!
 wait_for "$DAEMON_SECONDS" "the daemon" ctl version
 timeout --kill-after=5 "$IMPORT_SECONDS" bin/sandboxctl image import --name debian:12 .cache/images/debian.tar >/dev/null

@@ -74,6 +74,7 @@ func newDaemon(name string, args ...string) (*daemon, error) {
 	if err := os.RemoveAll(d.logPath); err != nil {
 		return nil, err
 	}
+	made.add(d)
 	d.conn, err = grpc.NewClient(d.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	return d, err
 }
@@ -191,9 +192,14 @@ func (d *daemon) removeWithin(settle time.Duration) error {
 	return errors.Join(append(errs, d.discard())...)
 }
 
-// discard removes a daemon's directories; it must not run, and have left nothing elsewhere.
+// discard removes a daemon's directories and its group, which must be empty in every hierarchy; it must not run.
 func (d *daemon) discard() error {
-	return errors.Join(d.conn.Close(), os.RemoveAll(d.runDir), os.RemoveAll(d.stateDir))
+	groups, err := cgroupParents(d)
+	errs := []error{err, d.conn.Close(), os.RemoveAll(d.runDir), os.RemoveAll(d.stateDir)}
+	for _, g := range groups {
+		errs = append(errs, os.Remove(g))
+	}
+	return errors.Join(errs...)
 }
 
 func (d *daemon) importImage(name, file string) error {

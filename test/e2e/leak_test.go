@@ -232,8 +232,8 @@ func listLoops(d *daemon) ([]string, error) {
 	return found, nil
 }
 
-// listCgroups finds the groups of d's workloads in every hierarchy there is.
-func listCgroups(d *daemon) ([]string, error) {
+// cgroupParents are the directories of d's own group, one in each hierarchy that has it.
+func cgroupParents(d *daemon) ([]string, error) {
 	mounts, err := listMounts(d)
 	if err != nil {
 		return nil, err
@@ -243,8 +243,23 @@ func listCgroups(d *daemon) ([]string, error) {
 		if !strings.HasPrefix(m, "cgroup") {
 			continue
 		}
-		hierarchy := strings.TrimSuffix(strings.Fields(m)[2], ",")
-		groups, err := filepath.Glob(filepath.Join(hierarchy, d.cgroupParent(), "*"))
+		parent := filepath.Join(strings.TrimSuffix(strings.Fields(m)[2], ","), d.cgroupParent())
+		if _, err := os.Stat(parent); err == nil {
+			found = append(found, parent)
+		}
+	}
+	return found, nil
+}
+
+// listCgroups finds the groups of d's workloads in every hierarchy there is.
+func listCgroups(d *daemon) ([]string, error) {
+	parents, err := cgroupParents(d)
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, parent := range parents {
+		groups, err := filepath.Glob(filepath.Join(parent, "*"))
 		if err != nil {
 			return nil, err
 		}

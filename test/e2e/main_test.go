@@ -45,6 +45,7 @@ func testMain(m *testing.M) (code int, err error) {
 	if err := adoptOrphans(); err != nil {
 		return 1, err
 	}
+	cleanUpOnSignal()
 	if idDir, err = os.MkdirTemp("/run", "sandboxd-e2e-ids-"); err != nil {
 		return 1, err
 	}
