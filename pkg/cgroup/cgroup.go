@@ -96,7 +96,7 @@ type hierarchies interface {
 	create(path string, l Limits) error
 	// dirs are the group's directories, whether or not they exist.
 	dirs(path string) []string
-	// start calls fn where a process that it forks with attr is in the group.
+	// start calls fn, on a thread that serves nothing else afterwards, where a process that it forks with attr is in the group.
 	start(path string, attr *syscall.SysProcAttr, fn func(*syscall.SysProcAttr) error) error
 	kill(path string) error
 	usage(path string) (spec.Usage, error)

@@ -93,6 +93,62 @@ func TestProcessIsInEveryHierarchyFromItsFirstInstruction(t *testing.T) {
 	}
 }
 
+// What fn does to its thread (a runtime confines it before it forks) must be seen of no thread of the daemon afterwards.
+// Every version's way to start is tried wherever this runs: v2's touches no file.
+func TestStartChangesNoThreadOfTheDaemon(t *testing.T) {
+	g, err := New(testParent(t), "a", Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	confine := func(attr *syscall.SysProcAttr) error {
+		if attr == nil {
+			t.Error("fn got no attributes")
+		}
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			t.Error(err)
+		}
+		return nil
+	}
+	for name, start := range map[string]func() error{
+		Mode() + " group": func() error { return g.Start(confine) },
+		"v2":              func() error { return v2{}.start("", &syscall.SysProcAttr{}, confine) },
+	} {
+		if err := start(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		deadline := time.Now().Add(20 * time.Second)
+		for { // until the thread has ended: Start returns a moment before
+			confined := confinedThreads(t)
+			if len(confined) == 0 {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Errorf("%s: threads %v of the daemon are confined", name, confined)
+				break
+			}
+		}
+	}
+	if err := g.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// confinedThreads are the threads of this process with no_new_privs.
+func confinedThreads(t *testing.T) (threads []string) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/self/task/*/status")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("threads %v, %v", files, err)
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err == nil && !strings.Contains(string(b), "NoNewPrivs:\t0\n") { // an error: it has ended
+			threads = append(threads, filepath.Base(filepath.Dir(file)))
+		}
+	}
+	return threads
+}
+
 func TestMemoryLimitBites(t *testing.T) {
 	g, err := New(testParent(t), "a", Limits{CPUMillis: 1000, MemoryBytes: 16 << 20, Pids: 16})
 	if err != nil {

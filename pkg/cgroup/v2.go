@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/cgroups/v3/cgroup2"
 
+	"github.com/sandboxd/sandboxd/pkg/osthread"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -66,9 +67,9 @@ func (v2) create(path string, l Limits) error {
 
 func (v2) dirs(path string) []string { return []string{filepath.Join(root, path)} }
 
-// start needs no thread of its own: attr carries the group's descriptor (CLONE_INTO_CGROUP).
+// start leaves the group to attr, which carries its descriptor (CLONE_INTO_CGROUP). The thread is for what fn does to it.
 func (v2) start(_ string, attr *syscall.SysProcAttr, fn func(*syscall.SysProcAttr) error) error {
-	return fn(attr)
+	return osthread.Run(func() error { return fn(attr) })
 }
 
 func (v2) kill(path string) error {
