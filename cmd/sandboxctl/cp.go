@@ -251,8 +251,11 @@ func lookHere(p string) (existing, string, error) {
 	if full, err = filepath.EvalSymlinks(full); err != nil {
 		return nothing, "", fmt.Errorf("cannot copy: %w", err)
 	}
-	if info.IsDir() {
+	switch {
+	case info.IsDir():
 		return aDir, full, nil
+	case isSpecial(info.Mode()):
+		return nothing, "", fmt.Errorf("cannot copy to %s: %w", p, errSpecial)
 	}
 	return aFile, full, nil
 }

@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -250,6 +252,126 @@ func TestUnpackStaysInside(t *testing.T) {
 				t.Error("a file was made in /etc")
 			}
 		})
+	}
+}
+
+// Copying twice is two archives: what the first puts beside the second's destination must not lead the second out.
+func TestUnpackDoesNotFollowAnEarlierCopy(t *testing.T) {
+	for name, link := range map[string]string{"absolute": "OUTSIDE", "relative": "../outside", "beside": "other", "dangling": "none"} {
+		t.Run(name, func(t *testing.T) {
+			base := t.TempDir()
+			outside := filepath.Join(base, "outside")
+			writeFile(t, outside+"/victim", "precious")
+			writeFile(t, base+"/out/other/victim", "precious")
+			to := target{filepath.Join(base, "out"), "srv"}
+			planted := tar.Header{Typeflag: tar.TypeSymlink, Name: "srv", Linkname: strings.ReplaceAll(link, "OUTSIDE", outside)}
+			if _, err := unpackAt(t, makeTar(t, planted), to); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := unpackAt(t, makeTar(t,
+				tar.Header{Typeflag: tar.TypeDir, Name: "srv/", Mode: 0o777},
+				tar.Header{Typeflag: tar.TypeReg, Name: "srv/victim"},
+				tar.Header{Typeflag: tar.TypeReg, Name: "srv/more"},
+			), to); err != nil {
+				t.Error(err)
+			}
+			for _, dir := range []string{outside, base + "/out/other"} {
+				if b, err := os.ReadFile(dir + "/victim"); err != nil || string(b) != "precious" {
+					t.Errorf("%s/victim is now %q, %v", dir, b, err)
+				}
+				if _, err := os.Lstat(dir + "/more"); !errors.Is(err, fs.ErrNotExist) {
+					t.Errorf("the copy went to %s", dir)
+				}
+			}
+			if info, err := os.Lstat(base + "/out/srv"); err != nil || !info.IsDir() || info.Mode().Perm() != 0o777 {
+				t.Errorf("the destination is %v, %v; want a directory", info, err)
+			}
+			if b, err := os.ReadFile(base + "/out/srv/victim"); err != nil || string(b) != "body of srv/victim" {
+				t.Errorf("the copy has %q, %v", b, err)
+			}
+		})
+	}
+}
+
+// What is not a file here is not replaced by one: it is there to be opened.
+func TestSpecialFilesStay(t *testing.T) {
+	dir := t.TempDir()
+	pipe := filepath.Join(dir, "app")
+	if err := errors.Join(syscall.Mkfifo(pipe, 0o600), os.Symlink("app", dir+"/link")); err != nil {
+		t.Fatal(err)
+	}
+	for name, first := range map[string]tar.Header{
+		"file":      {Typeflag: tar.TypeReg, Name: "app"},
+		"directory": {Typeflag: tar.TypeDir, Name: "app/"},
+		"link":      {Typeflag: tar.TypeSymlink, Name: "app", Linkname: "x"},
+	} {
+		if _, err := unpackAt(t, makeTar(t, first), target{dir, "app"}); !errors.Is(err, errSpecial) {
+			t.Errorf("a %s over a pipe: %v", name, err)
+		}
+	}
+	inside := makeTar(t, tar.Header{Typeflag: tar.TypeDir, Name: "top/"}, tar.Header{Typeflag: tar.TypeReg, Name: "top/app"})
+	if _, err := unpackAt(t, inside, target{dir, "."}); !errors.Is(err, errSpecial) {
+		t.Errorf("a file of a directory over a pipe: %v", err)
+	}
+	for _, p := range []string{pipe, dir + "/link", "/dev/null"} {
+		if found, _, err := lookHere(p); !errors.Is(err, errSpecial) {
+			t.Errorf("%s as a destination: %v, %v", p, found, err)
+		}
+	}
+	if info, err := os.Lstat(pipe); err != nil || info.Mode().Type() != fs.ModeNamedPipe {
+		t.Errorf("the pipe is now %v, %v", info, err)
+	}
+}
+
+// A header may be a megabyte long, and a directory's is needed again at the end.
+func TestUnpackKeepsLittleInMemory(t *testing.T) {
+	const dirs, comment = 200, 512 << 10
+	r := newTarReader(func(w *tar.Writer) error {
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: "app/", Mode: 0o755})
+		for i := range dirs {
+			err = errors.Join(err, w.WriteHeader(&tar.Header{
+				// A name that is not ASCII is in the same long record as the comment.
+				Typeflag: tar.TypeDir, Name: "app/\u00e9" + strconv.Itoa(i) + "/", Mode: 0o755, Format: tar.FormatPAX,
+				PAXRecords: map[string]string{"SANDBOX.comment": strings.Repeat("x", comment)},
+			}))
+		}
+		return errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeFifo, Name: "app/last"}))
+	})
+	defer r.Close()
+	tr := tar.NewReader(r)
+	first, err := tr.Next()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inUse := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before, after := inUse(), uint64(0)
+	u := &unpacker{warn: func(string) { after = inUse() }} // at the last entry
+	if err := u.unpack(t.Context(), tr, first, target{t.TempDir(), "copy"}); err != nil {
+		t.Fatal(err)
+	}
+	if limit := before + dirs*comment/4; after == 0 || after > limit {
+		t.Errorf("%d bytes in use, before it were %d", after, before)
+	}
+}
+
+func TestUnpackBoundsDirectories(t *testing.T) {
+	tr := makeTar(t, tar.Header{Typeflag: tar.TypeDir, Name: "app/"}, tar.Header{Typeflag: tar.TypeDir, Name: "app/one/"}, tar.Header{Typeflag: tar.TypeDir, Name: "app/two/"})
+	first, err := tr.Next()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	u := &unpacker{warn: func(string) {}, kept: maxDirBytes - 2*(dirBytes+len("one"))}
+	if err := u.unpack(t.Context(), tr, first, target{dir, "copy"}); err == nil || !strings.Contains(err.Error(), "more directories") {
+		t.Errorf("one directory too many: %v", err)
+	}
+	if _, err := os.Stat(dir + "/copy/one"); err != nil {
+		t.Errorf("the directory before: %v", err)
 	}
 }
 

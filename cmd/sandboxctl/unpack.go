@@ -18,8 +18,11 @@ import (
 const (
 	// maxEntries bounds how many files one copy may bring: a sandbox could send names for ever.
 	maxEntries = 8 << 20
-	// maxDirs bounds the directories whose times and modes are set at the end, and kept in memory until then.
-	maxDirs = 1 << 20
+	// maxDirBytes bounds what is kept in memory of the directories, whose modes and times are set at the end: it is room for
+	// half a million directories with names as long as people make them.
+	maxDirBytes = 64 << 20
+	// dirBytes is what a directory takes beside its name: a dirEnd, twice since slices grow by copying.
+	dirBytes = 96
 )
 
 // unpacker unpacks the tar of a sandbox, which may be hostile, below one place. Every path is resolved by an os.Root, so
@@ -30,31 +33,31 @@ type unpacker struct {
 	warn    func(string)
 
 	root *os.Root
-	top  string        // the name every entry begins with
-	dirs []*tar.Header // with names below root, in the order they came
+	top  string // the name every entry begins with
+	dirs []dirEnd
+	kept int // bytes that dirs takes
+}
+
+// dirEnd is what is done to a directory at the end. Nothing else of its header is kept: it may be a megabyte long.
+type dirEnd struct {
+	name  string // below root
+	mode  fs.FileMode
+	mtime time.Time
 }
 
 // unpack puts first and what follows it at t.
 func (u *unpacker) unpack(ctx context.Context, tr *tar.Reader, first *tar.Header, t target) (err error) {
-	isDir := first.Typeflag == tar.TypeDir
-	if isDir && t.name != "." {
-		// The root is the new directory itself, so that links in the tar reach nothing beside it.
-		t = target{dir: filepath.Join(t.dir, t.name), name: "."}
-		err := os.Mkdir(t.dir, 0o700)
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("cannot copy: %w", err)
-		}
-		if err == nil {
-			// One that was there keeps its mode and time.
-			u.dirs = append(u.dirs, withName(first, "."))
-		}
-	}
 	if u.root, err = os.OpenRoot(t.dir); err != nil {
 		return fmt.Errorf("cannot copy: %w", err)
 	}
-	defer u.root.Close()
-	if !isDir {
+	defer func() { err = errors.Join(err, u.root.Close()) }()
+	if first.Typeflag != tar.TypeDir {
 		return u.entry(tr, first, t.name)
+	}
+	if t.name != "." {
+		if err := u.enter(first, t.name); err != nil {
+			return fmt.Errorf("cannot copy to %s: %w", filepath.Join(t.dir, t.name), err)
+		}
 	}
 	u.top = path.Clean(strings.TrimLeft(first.Name, "/"))
 	for n := 0; ; n++ {
@@ -97,10 +100,39 @@ func below(top, name string) (string, error) {
 	return clean, nil
 }
 
-func withName(h *tar.Header, name string) *tar.Header {
-	c := *h
-	c.Name = name
-	return &c
+// enter makes the directory called name the root, so that links in the tar reach nothing beside it. An earlier copy may
+// have brought a link of that name: it is replaced, never followed.
+func (u *unpacker) enter(h *tar.Header, name string) error {
+	made, err := u.mkdir(name)
+	if err != nil {
+		return err
+	}
+	if made && u.archive {
+		if err := u.root.Lchown(name, h.Uid, h.Gid); err != nil {
+			return err
+		}
+	}
+	want, err := u.root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	root, err := u.root.OpenRoot(name)
+	if err != nil {
+		return err
+	}
+	parent := u.root
+	u.root = root
+	if err := parent.Close(); err != nil {
+		return err
+	}
+	// OpenRoot follows links.
+	if got, err := root.Stat("."); err != nil || !os.SameFile(want, got) {
+		return errors.Join(errors.New("somebody else changes it at the same time"), err)
+	}
+	if !made {
+		return nil // it keeps its mode and time
+	}
+	return u.atEnd(h, ".")
 }
 
 // entry makes one file, directory or link.
@@ -136,37 +168,44 @@ func (u *unpacker) entry(tr *tar.Reader, h *tar.Header, name string) error {
 func mode(h *tar.Header) fs.FileMode { return fs.FileMode(h.Mode) & fs.ModePerm }
 
 func (u *unpacker) dir(h *tar.Header, name string) error {
-	info, err := u.root.Lstat(name)
-	switch {
-	case err == nil && !info.IsDir():
-		if err := u.root.Remove(name); err != nil {
-			return err
-		}
-		fallthrough
-	case errors.Is(err, fs.ErrNotExist):
-		if err := u.root.Mkdir(name, 0o700); err != nil {
-			return err
-		}
-	case err != nil:
+	if _, err := u.mkdir(name); err != nil {
 		return err
 	}
-	if len(u.dirs) >= maxDirs {
-		return fmt.Errorf("the sandbox sent more than %d directories", maxDirs)
+	return u.atEnd(h, name)
+}
+
+// mkdir makes a directory, unless there is one already, in place of any file or link.
+func (u *unpacker) mkdir(name string) (made bool, err error) {
+	info, err := u.root.Lstat(name)
+	if err == nil && info.IsDir() {
+		return false, nil
 	}
-	u.dirs = append(u.dirs, withName(h, name))
+	if err := u.makeWay(name); err != nil {
+		return false, err
+	}
+	return true, u.root.Mkdir(name, 0o700)
+}
+
+// atEnd notes the mode and time a directory is to have.
+func (u *unpacker) atEnd(h *tar.Header, name string) error {
+	if u.kept += len(name) + dirBytes; u.kept > maxDirBytes {
+		return errors.New("the sandbox sent more directories than can be kept in mind: copy them in parts")
+	}
+	// The name may be part of a long string.
+	u.dirs = append(u.dirs, dirEnd{strings.Clone(name), mode(h), h.ModTime})
 	return nil
 }
 
 // finishDirs sets modes and times at last: before, a directory must be writable, and filling it changes its time.
 func (u *unpacker) finishDirs() error {
-	for _, h := range slices.Backward(u.dirs) {
-		err := errors.Join(u.root.Chmod(h.Name, mode(h)), u.root.Chtimes(h.Name, time.Time{}, h.ModTime))
+	for _, d := range slices.Backward(u.dirs) {
+		err := errors.Join(u.root.Chmod(d.name, d.mode), u.root.Chtimes(d.name, time.Time{}, d.mtime))
 		if errors.Is(err, fs.ErrNotExist) {
 			// A later entry of the same name replaced it.
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("cannot copy %s: %w", h.Name, err)
+			return fmt.Errorf("cannot copy %s: %w", d.name, err)
 		}
 	}
 	return nil
@@ -204,11 +243,24 @@ func (u *unpacker) hardLink(h *tar.Header, name string) error {
 	return u.link(name, func() error { return u.root.Link(old, name) })
 }
 
-// makeWay removes what is where a file or link must go. A directory that is not empty stays, and is an error.
+// makeWay removes the file or link that is where something must go. A directory that is not empty stays, and is an error,
+// and so is what was put there to be opened, not to be copied over.
 func (u *unpacker) makeWay(name string) error {
-	err := u.root.Remove(name)
+	info, err := u.root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	if isSpecial(info.Mode()) {
+		return errSpecial
+	}
+	return u.root.Remove(name)
+}
+
+var errSpecial = errors.New("there is a device, pipe, socket or other special file: remove it, or choose another destination")
+
+func isSpecial(m fs.FileMode) bool {
+	return m.Type() != 0 && m.Type() != fs.ModeDir && m.Type() != fs.ModeSymlink
 }
