@@ -232,6 +232,9 @@ func closeAll(files []*os.File) (err error) {
 // spawnerMain is the spawner's life. Runs in the spawner.
 func spawnerMain() {
 	conn, err := unixConn(os.NewFile(spawnerFD, "requests"))
+	if err == nil {
+		err = cgroup.DropOOMProtection(os.Getpid()) // and so of every agent, from its clone on
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, spawnerName+":", err)
 		os.Exit(1)

@@ -1,6 +1,7 @@
 package container
 
 import (
+	"errors"
 	"os"
 	"strconv"
 	"strings"
@@ -57,6 +58,34 @@ func TestSpawnerIsSmall(t *testing.T) {
 		t.Errorf("the agent is no child of the spawner: %s, %v", status, err)
 	}
 	mustRemove(t, r, h.sandbox(1).ID)
+}
+
+// A daemon that the kernel's OOM killer shall spare has sandboxes that it need not spare; one that it shall kill early has
+// sandboxes that are. Who may not protect itself (no CAP_SYS_RESOURCE) sees the second half only.
+func TestAgentIsNotProtectedFromOOM(t *testing.T) {
+	const own = "/proc/self/oom_score_adj"
+	was, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.WriteFile(own, was, 0) //nolint:errcheck // a test's
+	for daemon, want := range map[string]string{"-500": "0", "300": "300"} {
+		err := os.WriteFile(own, []byte(daemon), 0)
+		if errors.Is(err, unix.EACCES) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := newHost(t)
+		r := h.daemon(t)
+		i := mustStart(t, r, h.sandbox(1))
+		score, err := os.ReadFile("/proc/" + strconv.Itoa(i.Facts().HostPID) + "/oom_score_adj")
+		if err != nil || strings.TrimSpace(string(score)) != want {
+			t.Errorf("a daemon of %s has an agent of %s, %v, want %s", daemon, score, err, want)
+		}
+		mustRemove(t, r, h.sandbox(1).ID)
+	}
 }
 
 func TestSpawnerRefusesWhatItDoesNotUnderstand(t *testing.T) {
