@@ -2,11 +2,14 @@ package microvm
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/cgroup"
 )
 
 // BenchmarkColdStart is from Start to the agent's verified connection: nothing pooled, the guest's kernel and initramfs
@@ -23,7 +26,11 @@ func BenchmarkColdStart(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer r.Close()
+	defer func() {
+		if err := errors.Join(r.Close(), cgroup.RemoveParent(config.CgroupParent)); err != nil {
+			b.Error(err)
+		}
+	}()
 	if _, err := r.guest(); err != nil {
 		b.Fatal(err)
 	}
