@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -29,18 +30,17 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 	if err != nil {
 		return Workload{}, err
 	}
-	if o.Name == "" {
-		o.Name = id[:12]
-	}
-	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
 	img, err := m.cfg.Images.Get(o.Spec.Image)
 	if err != nil {
 		return Workload{}, err
 	}
+	// On the request as it was made: what is left out is not known to the policy.
 	decision, err := m.decide(o, img)
 	if err != nil {
 		return Workload{}, err
 	}
+	o.Name = cmp.Or(o.Name, id[:12])
+	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
 	// Only to learn now, not at the start, what cannot be run.
 	if _, err := oci.Config(id, o.Spec, img.Config, decision.Granted); err != nil {
 		return Workload{}, err
@@ -52,10 +52,10 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 		},
 		Caller: o.Caller,
 	})
-	if err := m.add(e); err != nil {
+	if err := m.reserve(e); err != nil {
 		return Workload{}, err
 	}
-	// With the entry in the table the image can no longer be removed; before, it may have been.
+	// With the name reserved the image can no longer be removed; before, it may have been.
 	if _, err := m.cfg.Images.Get(img.Digest); err != nil {
 		m.forget(e)
 		return Workload{}, err
@@ -64,10 +64,12 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 		m.forget(e)
 		return Workload{}, err
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.announceLocked()
-	return e.workloadLocked(), nil
+	w := e.workload()
+	e.announce(EventCreated, nil)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.ready = true
+	return w, nil
 }
 
 func newID() (string, error) {
@@ -78,7 +80,8 @@ func newID() (string, error) {
 	return hex.EncodeToString(b[:]), nil
 }
 
-func (m *Manager) add(e *entry) error {
+// reserve takes the name of a workload whose record is not on the disk yet: nobody else finds it.
+func (m *Manager) reserve(e *entry) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if other := m.byName[e.name]; other != nil {
@@ -100,7 +103,6 @@ func (m *Manager) decide(o CreateOptions, img image.Image) (policy.Decision, err
 // Explain says what would be decided, and changes nothing. A refusal comes as the Decision together with its error; an
 // error without a rule is for requests that cannot be decided at all.
 func (m *Manager) Explain(ctx context.Context, o CreateOptions) (policy.Decision, error) {
-	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
 	img, err := m.cfg.Images.Get(o.Spec.Image)
 	if err != nil {
 		return policy.Decision{}, err

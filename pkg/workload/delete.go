@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 
@@ -42,16 +43,16 @@ func (e *entry) killWalls(ctx context.Context) error {
 		rec, r, changed := e.peek()
 		switch rec.Status.State {
 		case StateStarting:
-			e.mu.Lock()
-			if e.cancelStart != nil {
-				e.cancelStart()
-			}
-			e.mu.Unlock()
+			e.callOff("removed")
 		case StateRunning, StateStopping:
-			if r != nil {
-				if err := r.inst.Kill(); err != nil {
+			if r == nil {
+				if err := e.abandon(ctx, rec.Run); err != nil && !errors.Is(err, errMoved) {
 					return err
 				}
+				continue
+			}
+			if err := e.kill(r); err != nil {
+				return err
 			}
 		default:
 			return nil

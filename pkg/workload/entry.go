@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -24,18 +25,24 @@ type entry struct {
 	// Fixed.
 	id, name, digest string
 	created          time.Time
+	// Whether its record is on the disk: until then it only keeps its name and its image. Guarded by Manager.mu.
+	ready bool
 	// Held by the verb that is building or taking down the workload's walls.
 	op chan struct{}
 
 	mu  sync.Mutex // guards what follows
 	rec record
-	// In STARTING (once the walls stand), RUNNING and STOPPING.
-	run *run
-	log *outputLog
+	// In STARTING (once the walls stand), RUNNING and STOPPING; nil while the sandbox of an earlier daemon cannot be had
+	// back, and then unreachable says why.
+	run         *run
+	unreachable error
 	// Closed and replaced at each change of state.
 	changed chan struct{}
-	// Calls off a start that is under way.
-	cancelStart context.CancelFunc
+	// Calls off the start that is under way, or was.
+	cancelStart context.CancelCauseFunc
+
+	logMu sync.Mutex // guards log; taken before mu
+	log   *outputLog
 }
 
 // run is one life of a workload's process, from the standing of its walls to their removal.
@@ -103,11 +110,21 @@ func (e *entry) peek() (record, *run, <-chan struct{}) {
 
 func terminal(s State) bool { return s == StateExited || s == StateFailed }
 
-// setState is the only place where a workload's state is assigned. change edits a copy of the record; the record is on
-// the disk before anyone sees it.
+// setState assigns a state whatever the state was; the caller holds entry.op or is the run's supervisor.
 func (e *entry) setState(s State, change func(*record)) error {
+	return e.moveState(func(record) bool { return true }, s, change)
+}
+
+var errMoved = errors.New("the workload is in another state by now")
+
+// moveState is the only place where a workload's state is assigned, if it is still one that from accepts; errMoved if
+// not. change edits a copy of the record; the record is on the disk before anyone sees it.
+func (e *entry) moveState(from func(record) bool, s State, change func(*record)) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if !from(e.rec) {
+		return errMoved
+	}
 	next := e.rec
 	next.Status.State = s
 	if change != nil {
@@ -116,11 +133,11 @@ func (e *entry) setState(s State, change func(*record)) error {
 	if err := e.m.store.put(&next); err != nil {
 		return err
 	}
-	from := e.rec.Status.State
+	before := e.rec.Status.State
 	e.rec = next
 	close(e.changed)
 	e.changed = make(chan struct{})
-	if from != s {
+	if before != s {
 		e.announceLocked()
 	}
 	return nil
@@ -146,7 +163,17 @@ func (e *entry) mustState(s State, change func(*record)) {
 func (e *entry) setRun(r *run) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.run = r
+	e.run, e.unreachable = r, nil
+}
+
+// kill ends the sandbox of a run, if it is still that run's.
+func (e *entry) kill(r *run) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.run != r {
+		return nil
+	}
+	return r.inst.Kill()
 }
 
 // stateEvents says which event announces a state; DELETING has none, the end of it has.
@@ -224,10 +251,10 @@ func (e *entry) await(ctx context.Context, done func(record) bool) (record, erro
 
 // output answers with the workload's log, opening it if need be.
 func (e *entry) output() (*outputLog, error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.rec.Status.State == StateDeleting {
-		return nil, e.goneLocked()
+	e.logMu.Lock()
+	defer e.logMu.Unlock()
+	if rec, _, _ := e.peek(); rec.Status.State == StateDeleting {
+		return nil, e.gone()
 	}
 	if e.log == nil {
 		if err := os.MkdirAll(e.dir(), 0o700); err != nil {
@@ -243,14 +270,26 @@ func (e *entry) output() (*outputLog, error) {
 }
 
 func (e *entry) closeLog() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	e.logMu.Lock()
+	defer e.logMu.Unlock()
 	if e.log != nil {
 		e.log.close()
 	}
 }
 
-func (e *entry) goneLocked() error {
+// logError says what it means that a log was closed under its reader.
+func (e *entry) logError(err error) error {
+	switch {
+	case !errors.Is(err, os.ErrClosed):
+		return err
+	case e.m.ctx.Err() != nil:
+		return errClosing
+	default:
+		return e.gone()
+	}
+}
+
+func (e *entry) gone() error {
 	return spec.Errorf(spec.KindNotFound, "no workload %q: it is being deleted", e.name)
 }
 
@@ -258,10 +297,13 @@ func (e *entry) goneLocked() error {
 func (e *entry) running() (*run, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.rec.Status.State == StateRunning && e.run != nil {
-		return e.run, nil
+	if e.rec.Status.State != StateRunning {
+		return nil, e.wrongStateLocked("running")
 	}
-	return nil, e.wrongStateLocked("running")
+	if e.run == nil {
+		return nil, spec.Errorf(spec.KindUnavailable, "workload %q runs, but sandboxd cannot reach its sandbox yet: %w", e.name, e.unreachable)
+	}
+	return e.run, nil
 }
 
 func (e *entry) wrongStateLocked(need string) error {

@@ -135,8 +135,9 @@ func (s *execSession) Close() error {
 	ctx, cancel := context.WithTimeout(s.e.m.ctx, sessionCloseLimit)
 	defer cancel()
 	if !s.exited {
-		if err := s.proc.Signal(ctx, int(syscall.SIGKILL), false); err != nil {
-			return s.closeError(err)
+		// That it has ended meanwhile is no reason not to forget it.
+		if err := s.closeError(s.proc.Signal(ctx, int(syscall.SIGKILL), false)); err != nil {
+			return err
 		}
 		if _, err := s.proc.Wait(ctx); err != nil {
 			return s.closeError(err)

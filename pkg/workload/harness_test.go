@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -170,6 +171,34 @@ type faultyRuntime struct {
 	beforeStart func(ctx context.Context) error
 	// Dial fails with it.
 	dialError error
+	// Release of these fails.
+	releaseError map[string]error
+
+	mu          sync.Mutex // guards attachError
+	attachError error
+}
+
+func (f *faultyRuntime) setAttachError(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.attachError = err
+}
+
+func (f *faultyRuntime) Attach(ctx context.Context, id string) (runtime.Instance, error) {
+	f.mu.Lock()
+	err := f.attachError
+	f.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	return f.Runtime.Attach(ctx, id)
+}
+
+func (f *faultyRuntime) Release(ctx context.Context, id string) error {
+	if err := f.releaseError[id]; err != nil {
+		return err
+	}
+	return f.Runtime.Release(ctx, id)
 }
 
 func (f *faultyRuntime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, error) {

@@ -33,7 +33,7 @@ func (m *Manager) Logs(ctx context.Context, ref string, o LogOptions, fn func(Lo
 	pos, skip := int64(0), 0
 	if o.Tail >= 0 {
 		if pos, skip, err = log.tail(o.Tail); err != nil {
-			return err
+			return e.logError(err)
 		}
 	}
 	emit := func(le LogEntry) error {
@@ -45,7 +45,7 @@ func (m *Manager) Logs(ctx context.Context, ref string, o LogOptions, fn func(Lo
 	}
 	if !o.Follow {
 		_, err := log.read(ctx, pos, emit)
-		return err
+		return e.logError(err)
 	}
 	return e.followLog(ctx, log, pos, func(rec record) bool {
 		return terminal(rec.Status.State) || rec.Status.State == StateDeleting
@@ -62,7 +62,7 @@ func (e *entry) followLog(ctx context.Context, log *outputLog, pos int64, over f
 		done := over(rec)
 		var err error
 		if pos, err = log.read(ctx, pos, fn); err != nil {
-			return err
+			return e.logError(err)
 		}
 		if done {
 			return nil

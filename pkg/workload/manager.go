@@ -49,7 +49,7 @@ var DefaultResources = spec.Resources{
 // Manager owns every workload of a daemon. Workloads are named by id, by an unambiguous prefix of it of at least four
 // digits, or by name; ref stands for any of these.
 //
-// Lock order: entry.op, Manager.mu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
+// Lock order: entry.op, Manager.mu, entry.logMu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
 type Manager struct {
 	cfg    Config
 	dir    string
@@ -60,7 +60,7 @@ type Manager struct {
 	cancel context.CancelFunc
 	owned  sync.WaitGroup // supervisors, starts and deletions
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards what follows, and entry.ready
 	byID   map[string]*entry
 	byName map[string]*entry
 }
@@ -89,7 +89,9 @@ func New(cfg Config) (*Manager, error) {
 		return nil, err
 	}
 	for _, r := range records {
-		m.addLocked(newEntry(m, r))
+		e := newEntry(m, r)
+		e.ready = true
+		m.addLocked(e)
 	}
 	return m, nil
 }
@@ -142,16 +144,15 @@ const minPrefix = 4
 func (m *Manager) find(ref string) (*entry, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e := m.byID[ref]; e != nil {
-		return e, nil
-	}
-	if e := m.byName[ref]; e != nil {
-		return e, nil
+	for _, by := range []map[string]*entry{m.byID, m.byName} {
+		if e := by[ref]; e != nil && e.ready {
+			return e, nil
+		}
 	}
 	var found *entry
 	if len(ref) >= minPrefix {
 		for id, e := range m.byID {
-			if !strings.HasPrefix(id, ref) {
+			if !strings.HasPrefix(id, ref) || !e.ready {
 				continue
 			}
 			if found != nil {
@@ -194,12 +195,7 @@ func (f Filter) match(w Workload) bool {
 
 // List answers with at most size workloads, oldest first, and the token of the next page.
 func (m *Manager) List(f Filter, size int, token string) ([]Workload, string, error) {
-	m.mu.Lock()
-	entries := make([]*entry, 0, len(m.byID))
-	for _, e := range m.byID {
-		entries = append(entries, e)
-	}
-	m.mu.Unlock()
+	entries := m.entries()
 	slices.SortFunc(entries, func(a, b *entry) int { return strings.Compare(a.pageKey(), b.pageKey()) })
 	if token != "" {
 		i, found := slices.BinarySearchFunc(entries, token, func(e *entry, t string) int { return strings.Compare(e.pageKey(), t) })
@@ -235,12 +231,15 @@ func (m *Manager) ImageInUse(digest string) bool {
 	return false
 }
 
+// entries are all workloads.
 func (m *Manager) entries() []*entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out := make([]*entry, 0, len(m.byID))
 	for _, e := range m.byID {
-		out = append(out, e)
+		if e.ready {
+			out = append(out, e)
+		}
 	}
 	return out
 }

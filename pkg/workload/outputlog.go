@@ -10,6 +10,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // outputLog is a workload's output on disk: records appended in the order they were read from the agent, each with the
@@ -42,6 +44,9 @@ const (
 	// maxLogRecord bounds a record's data; longer output is cut into several.
 	maxLogRecord = 1 << 20
 	logIndexStep = 64 << 10
+	// logReserve bytes of the file system, or one part in logReserveShare of it if that is less, are not for output.
+	logReserve      = 1 << 30
+	logReserveShare = 20
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -65,9 +70,9 @@ func (l *outputLog) recover() error {
 	if err != nil {
 		return fmt.Errorf("cannot read output log: %w", err)
 	}
-	r := io.NewSectionReader(l.file, 0, st.Size())
-	for {
-		h, err := readLogHeader(r, l.size)
+	headers := &logHeaders{file: l.file, size: st.Size()}
+	for l.size < st.Size() {
+		h, err := headers.at(l.size)
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -95,6 +100,27 @@ func (l *outputLog) recover() error {
 	return nil
 }
 
+// logHeaders reads headers in order, many small records with one read.
+type logHeaders struct {
+	file  *os.File
+	size  int64
+	start int64 // of window
+	// What was read last.
+	window []byte
+}
+
+func (r *logHeaders) at(pos int64) (logHeader, error) {
+	if pos < r.start || pos+logHeaderLen > r.start+int64(len(r.window)) {
+		b := make([]byte, min(logIndexStep, r.size-pos))
+		n, err := r.file.ReadAt(b, pos)
+		if err != nil && err != io.EOF {
+			return logHeader{}, fmt.Errorf("cannot read output log: %w", err)
+		}
+		r.start, r.window = pos, b[:n]
+	}
+	return parseLogHeader(r.window[min(pos-r.start, int64(len(r.window))):])
+}
+
 func (l *outputLog) indexLocked(pos int64) {
 	if len(l.index) == 0 || pos-l.index[len(l.index)-1] >= logIndexStep {
 		l.index = append(l.index, pos)
@@ -113,14 +139,10 @@ func (h logHeader) sane() bool {
 	return h.length > 0 && h.length <= maxLogRecord && (h.stream == Stdout || h.stream == Stderr)
 }
 
-// readLogHeader answers io.EOF where there is no whole header.
-func readLogHeader(r io.ReaderAt, pos int64) (logHeader, error) {
-	var b [logHeaderLen]byte
-	if n, err := r.ReadAt(b[:], pos); n < len(b) {
-		if err == io.EOF {
-			return logHeader{}, io.EOF
-		}
-		return logHeader{}, fmt.Errorf("cannot read output log: %w", err)
+// parseLogHeader answers io.EOF where there is no whole header.
+func parseLogHeader(b []byte) (logHeader, error) {
+	if len(b) < logHeaderLen {
+		return logHeader{}, io.EOF
 	}
 	return logHeader{
 		length: binary.LittleEndian.Uint32(b[0:]),
@@ -139,7 +161,12 @@ type logRecord struct {
 }
 
 func (l *outputLog) readRecord(pos int64) (logRecord, error) {
-	h, err := readLogHeader(l.file, pos)
+	var header [logHeaderLen]byte
+	n, err := l.file.ReadAt(header[:], pos)
+	if err != nil && err != io.EOF {
+		return logRecord{}, fmt.Errorf("cannot read output log: %w", err)
+	}
+	h, err := parseLogHeader(header[:n])
 	if err != nil {
 		return logRecord{}, err
 	}
@@ -159,8 +186,26 @@ func (l *outputLog) readRecord(pos int64) (logRecord, error) {
 	}, nil
 }
 
+// errDiskReserved: what is left of the disk is for the daemon's records and everybody else's sandboxes.
+var errDiskReserved = errors.New("the state directory's file system is nearly full: make room, and it goes on")
+
+// checkReserve keeps a workload's output from taking the last of the disk.
+func (l *outputLog) checkReserve() error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(l.file.Fd()), &st); err != nil {
+		return fmt.Errorf("cannot see how full the disk is: %w", err)
+	}
+	if free := st.Bavail * uint64(st.Bsize); free < min(logReserve, st.Blocks*uint64(st.Bsize)/logReserveShare) {
+		return errDiskReserved
+	}
+	return nil
+}
+
 // append writes one piece of output. After an error the log is as it was before.
 func (l *outputLog) append(e LogEntry) error {
+	if err := l.checkReserve(); err != nil {
+		return err
+	}
 	for len(e.Data) > maxLogRecord {
 		head := e
 		head.Data, e.Data = e.Data[:maxLogRecord], e.Data[maxLogRecord:]

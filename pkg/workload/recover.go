@@ -2,8 +2,8 @@ package workload
 
 import (
 	"context"
-	"fmt"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -22,56 +23,59 @@ const (
 	// retainLimit bounds the clearing of an agent from an earlier daemon's sessions. An agent that does not answer must
 	// not hold up the daemon's start.
 	retainLimit = 5 * time.Second
+	// attachRetryMin and Max space the attempts to have back a sandbox that may be running well.
+	attachRetryMin, attachRetryMax = time.Second, 30 * time.Second
 )
 
 // Recover brings every record back to the truth: what runs is followed again, what was half made or half removed is
-// undone, and what bears no record is removed. Call it once, before anything else.
+// undone, and what bears no record is removed. Call it once, before anything else. What cannot be recovered is logged and
+// does not keep the daemon from the rest; an error means that ctx ended it early.
 func (m *Manager) Recover(ctx context.Context) error {
-	if err := m.removeStrays(ctx); err != nil {
-		return err
-	}
+	m.removeStrays(ctx)
 	var g errgroup.Group
 	g.SetLimit(recoverAtOnce)
 	for _, e := range m.entries() {
 		g.Go(func() error {
-			if err := e.recover(ctx); err != nil {
-				return fmt.Errorf("cannot recover workload %s: %w", e.id, err)
+			if err := e.recover(ctx); err != nil && ctx.Err() == nil {
+				m.cfg.Log.Error("cannot recover workload", zap.String("workload", e.id), zap.Error(err))
 			}
-			return nil
+			return ctx.Err()
 		})
 	}
 	return g.Wait()
 }
 
-// removeStrays removes sandboxes and output that no record speaks of.
-func (m *Manager) removeStrays(ctx context.Context) error {
+// removeStrays removes sandboxes and output that no record speaks of. What resists is there again at the next start.
+func (m *Manager) removeStrays(ctx context.Context) {
+	warn := func(what, id string, err error) {
+		m.cfg.Log.Error("cannot remove "+what+" without a record", zap.String("id", id), zap.Error(err))
+	}
 	for isolation, rt := range m.cfg.Runtimes {
 		ids, err := rt.List(ctx)
 		if err != nil {
-			return fmt.Errorf("cannot list %s sandboxes: %w", isolation, err)
+			warn("sandboxes", string(isolation), err)
 		}
 		for _, id := range ids {
 			if e := m.byID[id]; e != nil && e.isolation() == isolation {
 				continue
 			}
-			m.cfg.Log.Info("removing sandbox without a record", zap.String("sandbox", id))
+			m.cfg.Log.Info("removing sandbox without a record", zap.String("id", id))
 			if err := rt.Remove(ctx, id); err != nil {
-				return fmt.Errorf("cannot remove stray sandbox %s: %w", id, err)
+				warn("sandbox", id, err)
 			}
 		}
 	}
 	names, err := os.ReadDir(m.dir)
 	if err != nil {
-		return fmt.Errorf("cannot read state directory: %w", err)
+		warn("output", m.dir, err)
 	}
 	for _, n := range names {
 		if n.IsDir() && m.byID[n.Name()] == nil {
-			if err := os.RemoveAll((&entry{m: m, id: n.Name()}).dir()); err != nil {
-				return fmt.Errorf("cannot remove stray output: %w", err)
+			if err := os.RemoveAll(filepath.Join(m.dir, n.Name())); err != nil {
+				warn("output", n.Name(), err)
 			}
 		}
 	}
-	return nil
 }
 
 func (e *entry) recover(ctx context.Context) error {
@@ -84,33 +88,101 @@ func (e *entry) recover(ctx context.Context) error {
 		return e.runtime().Release(ctx, e.id)
 	}
 	inst, err := e.runtime().Attach(ctx, e.id)
-	if err != nil {
-		// One sandbox that cannot be had back must not keep the daemon from all the others.
-		if spec.KindOf(err) != spec.KindWrongState {
-			e.m.cfg.Log.Error("cannot attach to sandbox; taking it down", zap.String("workload", e.id), zap.Error(err))
-		}
+	switch {
+	case err == nil:
+		return e.adopt(ctx, rec, inst)
+	case spec.KindOf(err) == spec.KindWrongState, rec.Status.State == StateStarting:
 		return e.recoverGone(ctx, rec)
 	}
+	// It may be running well: only what is known to be gone is given up.
+	e.mu.Lock()
+	e.unreachable = err
+	e.mu.Unlock()
+	e.m.owned.Go(func() { e.keepAttaching(rec) })
+	return err
+}
+
+// keepAttaching tries again and again to have the sandbox of an earlier daemon back.
+func (e *entry) keepAttaching(rec record) {
+	for wait := attachRetryMin; ; wait = min(2*wait, attachRetryMax) {
+		select {
+		case <-time.After(wait):
+		case <-e.m.ctx.Done():
+			return
+		}
+		if done := e.attachAgain(rec); done {
+			return
+		}
+	}
+}
+
+func (e *entry) attachAgain(rec record) (done bool) {
+	ctx, cancel := context.WithTimeout(e.m.ctx, probeLimit)
+	defer cancel()
+	if e.lock(ctx) != nil {
+		return false
+	}
+	defer e.unlock()
+	if now, _, _ := e.peek(); now.Run != rec.Run || now.Status.State != rec.Status.State {
+		return true // it was abandoned meanwhile
+	}
+	inst, err := e.runtime().Attach(ctx, e.id)
+	switch {
+	case err == nil:
+		err = e.adopt(ctx, rec, inst)
+	case spec.KindOf(err) == spec.KindWrongState:
+		err = e.recoverGone(ctx, rec)
+	}
+	if err != nil {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.unreachable = err
+		return false
+	}
+	return true
+}
+
+// abandon takes down the sandbox of a run that cannot be had back, because its caller wants it ended.
+func (e *entry) abandon(ctx context.Context, n int) error {
+	if err := e.lock(ctx); err != nil {
+		return err
+	}
+	defer e.unlock()
+	rec, r, _ := e.peek()
+	if rec.Run != n || r != nil || rec.Status.State != StateRunning && rec.Status.State != StateStopping {
+		return errMoved
+	}
+	return e.recoverGone(ctx, rec)
+}
+
+// adopt follows the instance of an earlier daemon.
+func (e *entry) adopt(ctx context.Context, rec record, inst runtime.Instance) error {
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	r.proc = r.client.Process(runProcess(rec.Run))
-	switch {
-	case rec.Status.State == StateStarting && !e.began(ctx, r):
-		r.client.Close()
-		return e.recoverGone(ctx, rec)
-	case rec.Status.State == StateStarting:
+	switch rec.Status.State {
+	case StateStarting:
+		began, err := e.began(ctx, r)
+		if err != nil || !began {
+			r.client.Close()
+			if err != nil {
+				return err
+			}
+			return e.recoverGone(ctx, rec)
+		}
 		if err := e.setState(StateRunning, func(rec *record) {
 			setFacts(rec, inst.Facts())
 			rec.Status.StartedAt = time.Now().UTC()
 		}); err != nil {
+			r.client.Close()
 			return err
 		}
-	case rec.Status.State == StateStopping:
+	case StateStopping:
 		// Its grace went with the daemon that gave it.
 		e.m.owned.Go(func() {
-			ctx, cancel := context.WithTimeout(e.m.ctx, killLimit)
-			defer cancel()
-			if err := r.proc.Signal(ctx, int(syscall.SIGKILL), true); err != nil && e.m.ctx.Err() == nil {
-				_ = inst.Kill()
+			e.signal(e.m.ctx, r, syscall.SIGKILL, true)
+			over := func(now record) bool { return terminal(now.Status.State) || now.Run != rec.Run }
+			if done, err := e.awaitFor(e.m.ctx, killLimit, over); !done && err == nil {
+				_ = e.kill(r)
 			}
 		})
 	}
@@ -131,12 +203,12 @@ func (e *entry) endOldSessions(ctx context.Context, r *run) {
 	}
 }
 
-// began asks the agent of a workload that was STARTING whether its process was already running.
-func (e *entry) began(ctx context.Context, r *run) bool {
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+// began asks the agent of a workload that was STARTING whether its process was already running. An error is ctx's.
+func (e *entry) began(ctx context.Context, r *run) (bool, error) {
+	limited, cancel := context.WithTimeout(ctx, probeLimit)
 	defer cancel()
-	_, _, err := r.proc.WriteInput(ctx, 0, nil, false)
-	return err == nil
+	_, _, err := r.proc.WriteInput(limited, 0, nil, false)
+	return err == nil, ctx.Err()
 }
 
 // recoverGone records the end of a workload whose walls are gone, or not worth keeping.

@@ -64,6 +64,7 @@ func (s *stdin) write(ctx context.Context, proc *agent.Process, p []byte, eof bo
 		last := len(piece) == len(p)
 		accepted, closed, err := proc.WriteInput(ctx, s.offset, piece, eof && last)
 		if err != nil {
+			s.synced = false // some of it may have been accepted
 			return err
 		}
 		accepted = min(max(accepted, s.offset), s.offset+uint64(len(piece)))

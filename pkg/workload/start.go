@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -35,9 +36,15 @@ func (m *Manager) Start(ctx context.Context, ref string) (Workload, error) {
 	result := make(chan error, 1)
 	m.owned.Go(func() {
 		defer e.unlock()
-		ctx, cancel := context.WithTimeout(m.ctx, startLimit)
-		defer cancel()
-		result <- e.start(ctx, cancel)
+		ctx, cancelLimit := context.WithTimeoutCause(m.ctx, startLimit, spec.Errorf(spec.KindUnavailable,
+			"workload %q did not start within %v: the host may be overloaded; start it again", e.name, startLimit))
+		defer cancelLimit()
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		e.mu.Lock()
+		e.cancelStart = cancel
+		e.mu.Unlock()
+		result <- e.start(ctx)
 	})
 	select {
 	case err := <-result:
@@ -48,7 +55,7 @@ func (m *Manager) Start(ctx context.Context, ref string) (Workload, error) {
 }
 
 // start runs with e.op held.
-func (e *entry) start(ctx context.Context, cancel context.CancelFunc) error {
+func (e *entry) start(ctx context.Context) error {
 	rec, _, _ := e.peek()
 	switch rec.Status.State {
 	case StateCreated, StateExited, StateFailed:
@@ -79,9 +86,6 @@ func (e *entry) start(ctx context.Context, cancel context.CancelFunc) error {
 	}); err != nil {
 		return err
 	}
-	e.mu.Lock()
-	e.cancelStart = cancel
-	e.mu.Unlock()
 	r, err := e.build(ctx, img, config, filter)
 	if err == nil {
 		m := e.m
@@ -94,6 +98,12 @@ func (e *entry) start(ctx context.Context, cancel context.CancelFunc) error {
 // build raises the walls and starts the process. After an error the caller takes down what stands.
 func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter []byte) (_ *run, err error) {
 	rec, _, _ := e.peek()
+	if rec.Run > 1 {
+		// What an earlier life left, if its end could not take everything down.
+		if err := e.runtime().Release(ctx, e.id); err != nil {
+			return nil, fmt.Errorf("cannot clear away the sandbox of the run before: %w", err)
+		}
+	}
 	// oci.Config has refused every network but none by now.
 	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources})
 	if err != nil {
@@ -132,10 +142,23 @@ func setFacts(r *record, f runtime.Facts) {
 	r.Status.HostPID = f.HostPID
 }
 
+// callOff ends a start that is under way; its caller gets the reason.
+func (e *entry) callOff(why string) {
+	e.mu.Lock()
+	cancel := e.cancelStart
+	e.mu.Unlock()
+	if cancel != nil {
+		cancel(spec.Errorf(spec.KindWrongState, "workload %q was %s while it was starting", e.name, why))
+	}
+}
+
 // startFailed takes down what stands of the walls and records why.
 func (e *entry) startFailed(ctx context.Context, cause error) error {
-	if ctx.Err() != nil && e.m.ctx.Err() != nil {
+	switch {
+	case e.m.ctx.Err() != nil:
 		cause = spec.Errorf(spec.KindUnavailable, "sandboxd was shut down while workload %q was starting: start it again", e.name)
+	case ctx.Err() != nil:
+		cause = context.Cause(ctx)
 	}
 	e.release()
 	exit := map[string]int{spec.ReasonProcessNotFound: 127, spec.ReasonProcessNotExecutable: 126}[spec.ReasonOf(cause)]

@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"errors"
 	"syscall"
 	"time"
 
@@ -9,79 +10,113 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-// killLimit bounds the wait for a sandbox to end after SIGKILL; then its walls are taken down around it.
-const killLimit = 10 * time.Second
+const (
+	// killLimit bounds the wait for a sandbox to end after SIGKILL; then its walls are taken down around it.
+	killLimit = 10 * time.Second
+	// signalLimit bounds the handing over of a signal to the agent, apart from the grace that the process gets.
+	signalLimit = 5 * time.Second
+)
 
 // Stop sends the stop signal, waits for grace, then kills. It answers when the workload has ended; one that had ended
-// before is left as it is.
+// before is left as it is. Once begun it goes on without its caller.
 func (m *Manager) Stop(ctx context.Context, ref string, grace time.Duration) (Workload, error) {
 	e, err := m.find(ref)
 	if err != nil {
 		return Workload{}, err
 	}
-	if err := e.stop(ctx, grace); err != nil {
-		return Workload{}, err
+	result := make(chan error, 1)
+	m.owned.Go(func() { result <- e.stop(m.ctx, grace) })
+	select {
+	case err := <-result:
+		if err != nil {
+			return Workload{}, err
+		}
+		return e.workload(), nil
+	case <-ctx.Done():
+		return Workload{}, ctx.Err()
 	}
-	return e.workload(), nil
 }
 
 func (e *entry) stop(ctx context.Context, grace time.Duration) error {
-	rec, r, _ := e.peek()
-	switch rec.Status.State {
-	case StateExited, StateFailed:
-		return nil
-	case StateStarting:
-		e.mu.Lock()
-		e.cancelStart()
-		e.mu.Unlock()
-		_, err := e.await(ctx, func(rec record) bool { return rec.Status.State != StateStarting })
+	for {
+		rec, r, changed := e.peek()
+		switch rec.Status.State {
+		case StateExited, StateFailed:
+			return nil
+		case StateRunning, StateStopping:
+			err := e.stopRun(ctx, rec, r, grace)
+			if errors.Is(err, errMoved) {
+				continue
+			}
+			return err
+		case StateStarting:
+			e.callOff("stopped")
+		case StateDeleting:
+			return e.gone()
+		default:
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return e.wrongStateLocked("running")
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return errClosing
+		}
+	}
+}
+
+// stopRun ends one run: by the stop signal, by SIGKILL to everything in it, by taking its walls away. It never touches a
+// later one.
+func (e *entry) stopRun(ctx context.Context, rec record, r *run, grace time.Duration) error {
+	if r == nil {
+		return e.abandon(ctx, rec.Run)
+	}
+	over := func(now record) bool {
+		return now.Run != rec.Run || terminal(now.Status.State) || now.Status.State == StateDeleting
+	}
+	if rec.Status.State == StateRunning {
+		sig, err := e.stopSignal(rec)
 		if err != nil {
 			return err
 		}
-		return e.stop(ctx, grace) // it may have begun to run just before
-	case StateRunning:
-	case StateStopping:
-	default:
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		return e.wrongStateLocked("running")
-	}
-	if rec.Status.State == StateRunning {
-		if err := e.setState(StateStopping, nil); err != nil {
+		still := func(now record) bool { return now.Run == rec.Run && now.Status.State == StateRunning }
+		if err := e.moveState(still, StateStopping, nil); err != nil {
 			return err
 		}
-		if r != nil && grace > 0 {
-			sig, err := e.stopSignal(rec)
-			if err != nil {
-				return err
-			}
-			sigCtx, cancel := context.WithTimeout(ctx, grace)
-			// A process that ended meanwhile is what is wanted.
-			_ = r.proc.Signal(sigCtx, sig, false)
-			cancel()
+		if grace > 0 {
+			e.signal(ctx, r, sig, false)
 		}
 	}
-	if done, err := e.awaitEnd(ctx, grace); done || err != nil {
-		return err
-	}
-	if r != nil {
-		sigCtx, cancel := context.WithTimeout(ctx, killLimit)
-		_ = r.proc.Signal(sigCtx, int(syscall.SIGKILL), true)
-		cancel()
-		if done, err := e.awaitEnd(ctx, killLimit); done || err != nil {
+	for _, step := range []struct {
+		wait time.Duration
+		then func()
+	}{
+		{grace, func() { e.signal(ctx, r, syscall.SIGKILL, true) }},
+		{killLimit, func() { _ = e.kill(r) }},
+	} {
+		if done, err := e.awaitFor(ctx, step.wait, over); done || err != nil {
 			return err
 		}
-		_ = r.inst.Kill()
+		step.then()
 	}
-	_, err := e.await(ctx, func(rec record) bool { return terminal(rec.Status.State) })
+	_, err := e.await(ctx, over)
 	return err
 }
 
-// awaitEnd waits for at most limit; running out of it is no error.
-func (e *entry) awaitEnd(ctx context.Context, limit time.Duration) (bool, error) {
+// signal hands a signal to the agent. That the process has ended meanwhile is what is wanted; an agent that does not answer
+// loses its walls in the end.
+func (e *entry) signal(ctx context.Context, r *run, sig syscall.Signal, all bool) {
+	ctx, cancel := context.WithTimeout(ctx, signalLimit)
+	defer cancel()
+	_ = r.proc.Signal(ctx, int(sig), all)
+}
+
+// awaitFor is await for at most limit; running out of it is no error.
+func (e *entry) awaitFor(ctx context.Context, limit time.Duration, done func(record) bool) (bool, error) {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	_, err := e.await(limited, func(rec record) bool { return terminal(rec.Status.State) })
+	_, err := e.await(limited, done)
 	if err == nil {
 		return true, nil
 	}
@@ -91,17 +126,12 @@ func (e *entry) awaitEnd(ctx context.Context, limit time.Duration) (bool, error)
 	return false, err
 }
 
-func (e *entry) stopSignal(rec record) (int, error) {
-	name := rec.Spec.StopSignal
-	if name == "" {
-		if img, err := e.m.cfg.Images.Get(e.digest); err == nil {
-			name = img.Config.StopSignal
-		}
+func (e *entry) stopSignal(rec record) (syscall.Signal, error) {
+	img, err := e.m.cfg.Images.Get(e.digest)
+	if err != nil {
+		return 0, err
 	}
-	if name == "" {
-		return int(syscall.SIGTERM), nil
-	}
-	return parseSignal(name)
+	return oci.StopSignal(rec.Spec, img.Config)
 }
 
 func parseSignal(name string) (int, error) {
@@ -112,7 +142,7 @@ func parseSignal(name string) (int, error) {
 	return int(sig), nil
 }
 
-// Kill sends a signal, named (SIGTERM, TERM) or numbered, SIGKILL when empty.
+// Kill sends a signal, named (SIGTERM, TERM) or numbered, SIGKILL when empty. It may also hurry one that is being stopped.
 func (m *Manager) Kill(ctx context.Context, ref, signal string) error {
 	e, err := m.find(ref)
 	if err != nil {
@@ -124,9 +154,11 @@ func (m *Manager) Kill(ctx context.Context, ref, signal string) error {
 			return err
 		}
 	}
-	r, err := e.running()
-	if err != nil {
-		return err
+	rec, r, _ := e.peek()
+	if rec.Status.State != StateStopping || r == nil {
+		if r, err = e.running(); err != nil {
+			return err
+		}
 	}
 	return r.proc.Signal(ctx, sig, false)
 }
@@ -144,9 +176,7 @@ func (m *Manager) Wait(ctx context.Context, ref string) (Workload, error) {
 		return Workload{}, err
 	}
 	if rec.Status.State == StateDeleting {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		return Workload{}, e.goneLocked()
+		return Workload{}, e.gone()
 	}
 	return e.workload(), nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 	"time"
 
@@ -16,8 +17,9 @@ const (
 	// drainLimit bounds the reading of what a dead process left in its pipes. Everything that could write is dead by
 	// then, so only a stuck agent or a full disk takes long.
 	drainLimit = 30 * time.Second
-	// shutdownLimit bounds the agent's orderly end, in which a guest writes its disk back.
-	shutdownLimit = 10 * time.Second
+	// shutdownLimit bounds the agent's orderly end, in which a guest writes back what it has not written to its disk yet:
+	// gigabytes, on a slow one. Whoever does not want to wait removes the workload by force.
+	shutdownLimit = 2 * time.Minute
 	// logRetry is the pause after the output log could not be written, as on a full disk. Meanwhile the process's
 	// writes wait: nothing is dropped.
 	logRetry = time.Second
@@ -61,8 +63,31 @@ func (e *entry) drain(r *run, pumped <-chan error) error {
 	}
 }
 
-// pump brings the process's output into the log until it ends.
+// pump brings the process's output into the log until it ends, or the sandbox does. Whatever else goes wrong is tried
+// again: meanwhile the process waits, and nothing is lost.
 func (e *entry) pump(ctx context.Context, r *run) error {
+	for warned := false; ; warned = true {
+		err := e.pumpOnce(ctx, r)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-r.inst.Done():
+			return err
+		default:
+		}
+		if !warned {
+			e.m.cfg.Log.Error("cannot read output; trying again", zap.String("workload", e.id), zap.Error(err))
+		}
+		select {
+		case <-time.After(logRetry):
+		case <-r.inst.Done():
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (e *entry) pumpOnce(ctx context.Context, r *run) error {
 	log, err := e.output()
 	if err != nil {
 		return err
@@ -103,23 +128,23 @@ func (e *entry) appendOutput(ctx context.Context, log *outputLog, entry LogEntry
 }
 
 // finish records how the process ended, takes the walls down and says so. exit is nil when the sandbox went away
-// without the process's end having been seen.
+// without the process's end having been seen; it may still have been recorded by an earlier daemon.
 func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 	if e.m.ctx.Err() != nil {
 		return
 	}
+	var doubts []string
 	if exit != nil {
-		e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
-		ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
-		if err := r.client.Shutdown(ctx, 0); err != nil {
-			e.m.cfg.Log.Debug("agent did not shut down; killing", zap.String("workload", e.id), zap.Error(err))
-		} else {
-			select {
-			case <-r.inst.Done():
-			case <-ctx.Done():
-			}
+		if cause != nil {
+			doubts = append(doubts, "its last output may be missing: "+cause.Error())
 		}
-		cancel()
+		e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
+		if err := e.shutDown(r); err != nil {
+			e.m.cfg.Log.Warn("sandbox did not shut down in order", zap.String("workload", e.id), zap.Error(err))
+			doubts = append(doubts, "what it wrote last to its disk may be missing: "+err.Error())
+		}
+	} else if rec, _, _ := e.peek(); rec.Status.Exit != nil {
+		exit = rec.Status.Exit
 	}
 	e.release()
 	if exit == nil {
@@ -130,12 +155,26 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		return
 	}
 	e.mustState(StateExited, func(rec *record) {
-		rec.Status.Message = exitMessage(*exit)
-		if cause != nil {
-			rec.Status.Message += "; its last output may be missing: " + cause.Error()
-		}
+		rec.Status.Exit = exit
+		rec.Status.Message = strings.Join(append([]string{exitMessage(*exit)}, doubts...), "; ")
 		rec.Status.HostPID = 0
 	})
+}
+
+// shutDown has the agent end the sandbox in order, its writable layer written back. A sandbox that was killed meanwhile
+// has ended as its killer wanted.
+func (e *entry) shutDown(r *run) error {
+	ctx, cancel := context.WithTimeout(e.m.ctx, shutdownLimit)
+	defer cancel()
+	if err := r.client.Shutdown(ctx, 0); err != nil {
+		return err
+	}
+	select {
+	case <-r.inst.Done():
+		return nil
+	case <-ctx.Done():
+		return errors.New("its end was not seen in time")
+	}
 }
 
 func exitMessage(x spec.Exit) string {
