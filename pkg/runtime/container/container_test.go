@@ -50,7 +50,7 @@ func TestSandboxStandsAndLeavesNothing(t *testing.T) {
 			t.Errorf("%s namespace: %s, host's %s, %v", ns, theirs, ours, err)
 		}
 	}
-	want(t, i, "id -u; id -g; stat -c '%u:%g %a' /home/user /tmp / | tr '\\n' ' '", "0\n0\n1000:1000 755 0:0 1777 0:0 755")
+	want(t, i, "id -u; id -g; stat -c '%u:%g %a' /home/user /tmp / | tr '\\n' ' '", "0\n0\n1000:1000 755 0:0 1777 0:0 711")
 	want(t, i, "cat /etc/motd; echo changed >/etc/motd; cat /etc/motd", "from the image\nchanged")
 	want(t, i, "echo x >/home/user/f && chown 1000:65535 /home/user/f && chmod 4750 /home/user/f && stat -c '%u:%g %a' /home/user/f", "1000:65535 4750")
 	want(t, i, "mkdir /d && mv /d /e && rm -r /etc && test ! -e /etc && ls -d /e", "/e")
@@ -136,6 +136,23 @@ func TestReleaseKeepsTheLayerWithUnshiftedIDs(t *testing.T) {
 	if err := h.config.IDs.Release("somebody"); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// The root directory has the image's attributes until the sandbox changes them, whenever a daemon died.
+func TestRootHasTheImagesAttributes(t *testing.T) {
+	h := newHost(t)
+	r := h.daemon(t)
+	s := h.sandbox(1)
+	// As a daemon leaves it that died after it made the layer.
+	if _, _, err := h.config.Disk.Layer(r.config.StateDir, s.ID, name, s.Resources.DiskBytes); err != nil {
+		t.Fatal(err)
+	}
+	want(t, mustStart(t, r, s), "stat -c '%u:%g %a' /; chmod 1750 /; chown 5:6 /", "0:0 711")
+	if err := r.Release(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	want(t, mustStart(t, r, s), "stat -c '%u:%g %a' /", "5:6 1750")
+	mustRemove(t, r, s.ID)
 }
 
 func TestLimitsBite(t *testing.T) {

@@ -152,6 +152,7 @@ chmod 1777 $1/tmp
 mknod -m 666 $1/dev/loop-control c 10 237
 mknod -m 666 $1/dev/null c 1 3
 chown 1000:1000 $1/home/user
+chmod 711 $1
 mkfs.erofs -zlz4 --quiet $2 $1`
 	image := filepath.Join(dir, "image.erofs")
 	cmd := exec.Command("/bin/sh", "-c", script, "sh", root, image)

@@ -17,8 +17,6 @@ type rootfs struct {
 	// The sandbox's user namespace and the host id of its root.
 	userns *os.File
 	base   uint32
-	// The layer was just made: its root directory takes over the attributes of the image's.
-	fresh bool
 }
 
 // build makes a detached mount of an overlay: the image, shown with the sandbox's ids, below the writable layer, shown so
@@ -80,10 +78,8 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 		}
 		undo = append([]func() error{detach}, undo...)
 	}
-	if r.fresh {
-		if err := copyAttributes(dir+"/layer/upper", dir+"/image"); err != nil {
-			return nil, nil, err
-		}
+	if err := prepareLayer(dir+"/layer", dir+"/image"); err != nil {
+		return nil, nil, err
 	}
 	err = asRootOf(r.base, func() (err error) {
 		root, err = mountFS("overlay", unix.MOUNT_ATTR_NODEV,
@@ -106,6 +102,20 @@ func cloneMount(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("cannot clone a mount: %w", err)
 	}
 	return os.NewFile(uintptr(fd), dir), nil
+}
+
+// prepareLayer gives a layer that no sandbox has had yet the attributes of the image's root. What tells is the layer itself:
+// an overlay makes a directory in its work directory before anything else, and leaves it there. So a daemon may die at any
+// instant, and what a sandbox made of its root's attributes is never undone.
+func prepareLayer(layer, image string) error {
+	work, err := os.ReadDir(layer + "/work")
+	if err != nil {
+		return fmt.Errorf("cannot examine the writable layer: %w", err)
+	}
+	if len(work) > 0 {
+		return nil
+	}
+	return copyAttributes(layer+"/upper", image)
 }
 
 // copyAttributes gives the directory to the owner and mode of from.

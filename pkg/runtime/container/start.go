@@ -253,7 +253,7 @@ func (st *start) buildRoot(ctx context.Context) error {
 	defer userns.Close() //nolint:errcheck // only looked at
 	return st.r.mounts.do(func() (err error) {
 		st.root, st.image, err = st.r.mounts.build(rootfs{
-			id: st.s.ID, image: st.imageFile, layer: st.layer, userns: userns, base: st.base, fresh: st.fresh,
+			id: st.s.ID, image: st.imageFile, layer: st.layer, userns: userns, base: st.base,
 		})
 		return err
 	})
