@@ -279,11 +279,13 @@ func (r *Runtime) end(ctx context.Context, parent, id string) error {
 			return err
 		}
 	}
-	// The end of PID 1 is an event to wait for; the end of a process that has no instance is polled for by Delete.
-	if i := r.takeInstance(id); i != nil {
+	// The end of PID 1 is an event to wait for; the end of a process that has no instance is polled for by Delete. The
+	// instance is known until then, so that the next try has it too.
+	if i := r.instance(id); i != nil {
 		if err := i.reap(ctx); err != nil {
 			return err
 		}
+		r.forget(id)
 	}
 	if group == nil {
 		return nil
@@ -291,10 +293,14 @@ func (r *Runtime) end(ctx context.Context, parent, id string) error {
 	return group.Delete(ctx)
 }
 
-func (r *Runtime) takeInstance(id string) *instance {
+func (r *Runtime) instance(id string) *instance {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i := r.instances[id]
+	return r.instances[id]
+}
+
+func (r *Runtime) forget(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	delete(r.instances, id)
-	return i
 }
