@@ -5,8 +5,6 @@ import (
 	"errors"
 	"io"
 	"sync"
-	"sync/atomic"
-	"time"
 
 	"google.golang.org/grpc"
 
@@ -144,62 +142,30 @@ func (s *workloadService) converse(ctx context.Context, c conversation) (err err
 	return err
 }
 
-// errLingered ends the output of a process that has ended while its descendants keep the pipe open.
-var errLingered = errors.New("the process has ended and nobody wrote for a while")
-
-// untilExit sends output until it ends, and answers with the exit. Output ends with the last process that holds it open;
-// once the process itself has ended, that is not waited for beyond s.linger with nothing to send.
-func (s *workloadService) untilExit(ctx context.Context, c conversation) (spec.Exit, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var steps atomic.Int64 // odd while something is being sent
-	outputEnded := make(chan struct{})
-
-	var exit spec.Exit
+// untilExit sends output until it ends, and answers with the exit.
+func (s *workloadService) untilExit(ctx context.Context, c conversation) (exit spec.Exit, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var waitErr error
 	var waiter sync.WaitGroup
 	waiter.Go(func() {
+		// Beside the output: its end is decided by this, too.
 		waitErr = s.guarded("wait", func() (err error) {
 			exit, err = c.session.Wait(ctx)
 			return err
 		})
-		if waitErr == nil && idle(outputEnded, &steps, s.linger) {
-			cancel(errLingered)
-		}
 	})
-	err := c.session.Output(ctx, func(which workload.Stream, data []byte) error {
-		steps.Add(1)
-		defer steps.Add(1)
+	err = c.session.Output(ctx, func(which workload.Stream, data []byte) error {
 		return pieces(data, func(piece []byte) error { return c.output(which, piece) })
 	})
-	close(outputEnded)
-	if errors.Is(context.Cause(ctx), errLingered) {
-		err = nil
-	}
 	if err != nil {
-		cancel(err)
+		cancel()
 	}
 	waiter.Wait()
 	if err != nil {
 		return spec.Exit{}, err
 	}
 	return exit, waitErr
-}
-
-// idle waits until output has ended, or nothing has been sent, nor was being sent, for a while; then it reports true.
-func idle(ended <-chan struct{}, steps *atomic.Int64, while time.Duration) bool {
-	for seen := steps.Load(); ; {
-		select {
-		case <-ended:
-			return false
-		case <-time.After(while):
-		}
-		now := steps.Load()
-		if now == seen && now%2 == 0 {
-			return true
-		}
-		seen = now
-	}
 }
 
 // receive hands what the client sends to the process until the client ends its stream; an error ends the conversation.

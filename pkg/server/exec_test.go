@@ -350,28 +350,7 @@ func TestSlowReaderHoldsBackOnlyItself(t *testing.T) {
 	}
 }
 
-// `exec sh -c 'sleep 1000 &'` ends with the shell although sleep holds its output.
-func TestExecEndsWithItsProcess(t *testing.T) {
-	session := &fakeSession{
-		input: func(frame) error { return nil },
-		output: func(ctx context.Context, fn func(workload.Stream, []byte) error) error {
-			if err := fn(workload.Stdout, []byte("said before")); err != nil {
-				return err
-			}
-			<-ctx.Done()
-			return ctx.Err()
-		},
-		wait: func(context.Context) (spec.Exit, error) { return spec.Exit{Code: 9}, nil },
-	}
-	h := serve(t, Config{Workloads: withSession(session)})
-	h.server.linger = 10 * time.Millisecond
-	stdout, _, exit := collect(t, startExec(t, h, anExec))
-	if stdout != "said before" || exit.GetCode() != 9 {
-		t.Errorf("%q, %v; want \"said before\", 9", stdout, exit)
-	}
-}
-
-// The other way round: a process that closes its output and goes on is waited for.
+// A process that closes its output and goes on is waited for.
 func TestExecOutlivesItsOutput(t *testing.T) {
 	end := make(chan struct{})
 	session := &fakeSession{
@@ -392,22 +371,28 @@ func TestExecOutlivesItsOutput(t *testing.T) {
 	}
 }
 
-// Linger must not cut what a slow client has not read yet.
-func TestLingerWaitsForASlowClient(t *testing.T) {
+// What is said long after the process has ended is not cut: only the session knows when its output has.
+func TestLateOutputIsNotCut(t *testing.T) {
 	const total = 8 << 20
+	waited := make(chan struct{})
 	session := &fakeSession{
 		input: func(frame) error { return nil },
-		output: func(_ context.Context, fn func(workload.Stream, []byte) error) error {
-			return fn(workload.Stdout, make([]byte, total))
+		output: func(ctx context.Context, fn func(workload.Stream, []byte) error) error {
+			<-waited
+			select {
+			case <-time.After(100 * time.Millisecond):
+				return fn(workload.Stdout, make([]byte, total))
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		},
-		wait: func(context.Context) (spec.Exit, error) { return spec.Exit{}, nil },
+		wait: func(context.Context) (spec.Exit, error) {
+			close(waited)
+			return spec.Exit{}, nil
+		},
 	}
 	h := serve(t, Config{Workloads: withSession(session)})
-	h.server.linger = time.Millisecond
-	stream := startExec(t, h, anExec)
-	// Many lingers long, while the first send is held back.
-	<-time.After(200 * time.Millisecond)
-	if stdout, _, exit := collect(t, stream); len(stdout) != total || exit == nil {
+	if stdout, _, exit := collect(t, startExec(t, h, anExec)); len(stdout) != total || exit == nil {
 		t.Errorf("%d bytes and exit %v, want all %d", len(stdout), exit, total)
 	}
 }

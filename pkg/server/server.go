@@ -44,9 +44,6 @@ const (
 	keepaliveMin = 10 * time.Second
 	// stopGrace is what calls under way get to finish when the daemon stops, before their connections are closed.
 	stopGrace = 10 * time.Second
-	// lingerLimit is how long output may stay silent, after the process that was exec'd has ended, before it is no
-	// longer waited for: a descendant may hold it open for ever. What the process wrote itself is long under way by then.
-	lingerLimit = 5 * time.Second
 )
 
 // Config is what a Server needs.
@@ -78,7 +75,6 @@ type Server struct {
 	grpc      *grpc.Server
 	health    *health.Server
 	validator protovalidate.Validator
-	linger    time.Duration // lingerLimit, but in tests
 
 	// Done when Stop begins: ends the calls whose rows in the access table say long.
 	stopping context.Context
@@ -95,7 +91,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make the request validator: %w", err)
 	}
-	s := &Server{Config: c, validator: validator, linger: lingerLimit, health: health.NewServer()}
+	s := &Server{Config: c, validator: validator, health: health.NewServer()}
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.Creds(peerCredentials{}),

@@ -43,7 +43,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session
 	if err != nil {
 		return nil, e.sessionError(err)
 	}
-	s := &execSession{e: e, r: r, proc: proc, command: p.Command[0]}
+	s := newExecSession(e, r, proc, p.Command[0])
 	s.stdin.synced = true
 	e.announce(EventExecStarted, map[string]string{"command": s.command})
 	return s, nil
@@ -57,13 +57,17 @@ type execSession struct {
 	command string
 	stdin   stdin
 	exited  bool
+	linger  time.Duration
+	// running ends with the process.
+	running context.Context
+	ends    context.CancelFunc
 }
 
 func (s *execSession) PID() int { return s.proc.PID }
 
 func (s *execSession) Output(ctx context.Context, fn func(Stream, []byte) error) error {
 	for offset := uint64(0); ; {
-		chunks, eof, err := s.proc.ReadOutput(ctx, offset)
+		chunks, eof, err := s.read(ctx, offset)
 		if err != nil {
 			if _, gone := s.ended(ctx, err); gone {
 				return nil
@@ -111,6 +115,7 @@ func (s *execSession) Wait(ctx context.Context) (spec.Exit, error) {
 		}
 	}
 	s.exited = true
+	s.ends()
 	s.e.announce(EventExecExited, map[string]string{"command": s.command, "exit_code": strconv.Itoa(exit.Code)})
 	return exit, nil
 }
@@ -134,6 +139,7 @@ const sessionCloseLimit = 10 * time.Second
 func (s *execSession) Close() error {
 	ctx, cancel := context.WithTimeout(s.e.m.ctx, sessionCloseLimit)
 	defer cancel()
+	s.ends()
 	if !s.exited {
 		// That it has ended meanwhile is no reason not to forget it.
 		if err := s.closeError(s.proc.Signal(ctx, int(syscall.SIGKILL), false)); err != nil {

@@ -13,7 +13,8 @@ import (
 type Session interface {
 	// PID in the sandbox's pid namespace; 0 for an attachment.
 	PID() int
-	// Output calls fn with each piece in order until the process's output ends (nil), fn fails, or ctx is done.
+	// Output calls fn with each piece in order until the process's output ends (nil), fn fails, or ctx is done. Once Wait
+	// has answered it also ends when the process's descendants, who may hold it open, have been silent for a while.
 	Output(ctx context.Context, fn func(stream Stream, data []byte) error) error
 	// Write returns once the bytes are accepted by the process; io.ErrClosedPipe once it takes no more.
 	Write(ctx context.Context, p []byte) error
