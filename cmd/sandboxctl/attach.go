@@ -38,11 +38,12 @@ func (a *app) attach(ctx context.Context, c *client.Client, ref string, noStdin 
 		return err
 	}
 	id, process := found.GetWorkload().GetId(), found.GetWorkload().GetSpec().GetProcess()
-	s := a.newSession(ctx, process.GetTerminal() && process.GetStdin() && !noStdin, func(ctx context.Context, _ *client.Process, name string) error {
+	stdin := process.GetStdin() && !noStdin
+	s := a.newSession(ctx, process.GetTerminal(), stdin, func(ctx context.Context, _ *client.Process, name string) error {
 		return killWorkload(ctx, c, id, name)
 	})
 	defer s.close()
-	p, err := c.Attach(s.ctx, &sandboxdv1.AttachStart{Id: id}, a.stdio(process.GetStdin() && !noStdin))
+	p, err := c.Attach(s.ctx, &sandboxdv1.AttachStart{Id: id}, a.stdio(stdin))
 	if err != nil {
 		return orSignal(s.ctx, err)
 	}

@@ -55,7 +55,7 @@ away the command is ended.`,
 }
 
 func (a *app) exec(ctx context.Context, c *client.Client, start *sandboxdv1.ExecStart) error {
-	s := a.newSession(ctx, start.GetTerminal(), func(ctx context.Context, p *client.Process, name string) error {
+	s := a.newSession(ctx, start.GetTerminal(), start.GetStdin(), func(ctx context.Context, p *client.Process, name string) error {
 		return p.Signal(ctx, name)
 	})
 	defer s.close()

@@ -80,13 +80,14 @@ func (a *app) runDetached(ctx context.Context, c *client.Client, request *sandbo
 
 func (a *app) runForeground(ctx context.Context, c *client.Client, request *sandboxdv1.CreateWorkloadRequest, remove bool) error {
 	var id string
-	s := a.newSession(ctx, request.GetSpec().GetProcess().GetTerminal(), func(ctx context.Context, _ *client.Process, name string) error {
+	process := request.GetSpec().GetProcess()
+	s := a.newSession(ctx, process.GetTerminal(), process.GetStdin(), func(ctx context.Context, _ *client.Process, name string) error {
 		return killWorkload(ctx, c, id, name)
 	})
 	defer s.close()
 	var rawErr error
 	exit, err := c.Run(s.ctx, request, client.RunOptions{
-		Stdio:  a.stdio(request.GetSpec().GetProcess().GetStdin()),
+		Stdio:  a.stdio(process.GetStdin()),
 		Remove: remove,
 		Started: func(w *sandboxdv1.Workload, p *client.Process) {
 			id = w.GetId()

@@ -22,7 +22,7 @@ const (
 var forwarded = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2}
 
 // session is this program's part while it stands in for a process in a sandbox: it passes on signals and the terminal's
-// size, and keeps the local terminal raw.
+// size, and keeps the local terminal raw while what is typed goes to the process.
 type session struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -33,16 +33,18 @@ type session struct {
 	started chan *client.Process
 
 	terminal *terminal
+	// Whether what is typed goes to the process. Otherwise the terminal keeps making signals of keys: nobody else would.
+	stdin bool
 	// Sends a signal, by number, to the process.
 	signal func(ctx context.Context, p *client.Process, name string) error
 }
 
 // newSession catches signals from now on. Until started is called one of them ends the session's context; an end that
-// comes from a signal is told by the context's cause.
-func (a *app) newSession(ctx context.Context, tty bool, send func(context.Context, *client.Process, string) error) *session {
+// comes from a signal is told by the context's cause. tty and stdin say what the process has.
+func (a *app) newSession(ctx context.Context, tty, stdin bool, send func(context.Context, *client.Process, string) error) *session {
 	s := &session{
 		signals: make(chan os.Signal, 16), stop: make(chan struct{}), stopped: make(chan struct{}),
-		started: make(chan *client.Process, 1), terminal: &terminal{}, signal: send,
+		started: make(chan *client.Process, 1), terminal: &terminal{}, stdin: stdin, signal: send,
 	}
 	if tty {
 		s.terminal = terminalOf(a.stdin)
@@ -59,6 +61,9 @@ func (a *app) newSession(ctx context.Context, tty bool, send func(context.Contex
 // start begins to pass things on to a process that now runs.
 func (s *session) start(p *client.Process) error {
 	s.started <- p
+	if !s.stdin {
+		return nil
+	}
 	return s.terminal.makeRaw()
 }
 

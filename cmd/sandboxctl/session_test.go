@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	goruntime "runtime"
 	"strings"
@@ -11,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
@@ -185,7 +188,7 @@ func endedBy(t *testing.T, s *session) error {
 
 func TestSignalBeforeTheStartEndsTheSession(t *testing.T) {
 	a, _, _ := quiet(formatTable)
-	s := a.newSession(t.Context(), false, nil)
+	s := a.newSession(t.Context(), false, false, nil)
 	defer s.close()
 	s.signals <- syscall.SIGINT
 	if err := endedBy(t, s); err != exitStatus(130) {
@@ -197,7 +200,7 @@ func TestSignalBeforeTheStartEndsTheSession(t *testing.T) {
 func TestSignalsGoToTheProcess(t *testing.T) {
 	a, _, _ := quiet(formatTable)
 	sent := make(chan string, 8)
-	s := a.newSession(t.Context(), false, func(_ context.Context, _ *client.Process, name string) error {
+	s := a.newSession(t.Context(), false, false, func(_ context.Context, _ *client.Process, name string) error {
 		sent <- name
 		return nil
 	})
@@ -231,7 +234,7 @@ func TestSignalsGoToTheProcess(t *testing.T) {
 func TestSignalThatDoesNotGetThrough(t *testing.T) {
 	a, _, _ := quiet(formatTable)
 	tried := make(chan string, 8)
-	s := a.newSession(t.Context(), false, func(_ context.Context, _ *client.Process, name string) error {
+	s := a.newSession(t.Context(), false, false, func(_ context.Context, _ *client.Process, name string) error {
 		tried <- name
 		return context.DeadlineExceeded
 	})
@@ -249,4 +252,57 @@ func TestSignalThatDoesNotGetThrough(t *testing.T) {
 	if err := endedBy(t, s); err != exitStatus(130) {
 		t.Errorf("it ended with %v, want exit status 130", err)
 	}
+}
+
+// With -t alone nobody passes on what is typed: ctrl-C must stay a signal.
+func TestTerminalIsRawOnlyForInput(t *testing.T) {
+	for _, stdin := range []bool{false, true} {
+		a, _, _ := quiet(formatTable)
+		tty := openTerminal(t)
+		a.stdin = tty
+		signals := func() bool {
+			state, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return state.Lflag&unix.ISIG != 0
+		}
+		s := a.newSession(t.Context(), true, stdin, nil)
+		if err := s.start(running(t)); err != nil {
+			t.Fatal(err)
+		}
+		if signals() == stdin {
+			t.Errorf("stdin %v: the terminal makes signals: %v", stdin, signals())
+		}
+		if s.terminal.size() == nil {
+			t.Errorf("stdin %v: the terminal has no size", stdin)
+		}
+		s.close()
+		if !signals() {
+			t.Errorf("stdin %v: the terminal stays raw", stdin)
+		}
+	}
+}
+
+// openTerminal gives the side of a pseudo terminal that programs see.
+func openTerminal(t *testing.T) *os.File {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { master.Close() })
+	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetUint32(int(master.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tty.Close() })
+	return tty
 }
