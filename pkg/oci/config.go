@@ -17,9 +17,6 @@ const (
 	AnnotationIsolation = "io.sandboxd.isolation"
 )
 
-// cpuPeriod is the length of the CFS period a CPU quota is counted in, in microseconds: the kernel's own default.
-const cpuPeriod = 100_000
-
 // defaultHostnameLen is how many digits of the id make a host name, as docker has it.
 const defaultHostnameLen = 12
 
@@ -37,6 +34,9 @@ func Config(id string, w spec.Workload, img spec.ImageConfig, granted spec.Isola
 		return nil, err
 	}
 	if err := checkNetwork(w.Network); err != nil {
+		return nil, err
+	}
+	if err := checkResources(w.Resources, granted); err != nil {
 		return nil, err
 	}
 	mounts, err := mountsOf(w.Mounts)
@@ -109,24 +109,6 @@ func checkNetwork(network string) error {
 	}
 	return &spec.Error{Kind: spec.KindUnsupported, Field: "spec.network", Err: fmt.Errorf(
 		"network %q is not supported yet; use none, which gives a loopback interface only", network)}
-}
-
-func resourcesOf(r spec.Resources) *specs.LinuxResources {
-	out := &specs.LinuxResources{}
-	if r.CPUMillis > 0 {
-		period := uint64(cpuPeriod)
-		quota := int64(r.CPUMillis) * cpuPeriod / 1000
-		out.CPU = &specs.LinuxCPU{Quota: &quota, Period: &period}
-	}
-	if r.MemoryBytes > 0 {
-		limit := int64(min(r.MemoryBytes, 1<<62))
-		out.Memory = &specs.LinuxMemory{Limit: &limit}
-	}
-	if r.Pids > 0 {
-		limit := int64(r.Pids)
-		out.Pids = &specs.LinuxPids{Limit: &limit}
-	}
-	return out
 }
 
 // absolute is p as a clean path from the root: an image's working directory is what its maker typed.

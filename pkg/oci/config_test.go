@@ -3,6 +3,7 @@ package oci
 import (
 	"encoding/json"
 	"errors"
+	"math"
 	"reflect"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -91,7 +93,13 @@ func TestRefused(t *testing.T) {
 		"same target twice": {with(func(w *spec.Workload) {
 			w.Mounts = []spec.Mount{{Type: spec.MountTmpfs, Target: "/d"}, {Type: spec.MountTmpfs, Target: "/d/"}}
 		}), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts[1].target", "two mounts"},
-		"too many mounts":     {with(func(w *spec.Workload) { w.Mounts = make([]spec.Mount, maxMounts+1) }), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts", "at most"},
+		"too many mounts": {with(func(w *spec.Workload) { w.Mounts = make([]spec.Mount, maxMounts+1) }), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts", "at most"},
+		"memory":          {with(func(w *spec.Workload) { w.Resources.MemoryBytes = minMemory - 1 }), spec.ImageConfig{}, spec.KindInvalid, "spec.resources.memory_bytes", "or more"},
+		"disk":            {with(func(w *spec.Workload) { w.Resources.DiskBytes = disk.MaxSize + 1 }), spec.ImageConfig{}, spec.KindInvalid, "spec.resources.disk_bytes", "between"},
+		"small disk":      {with(func(w *spec.Workload) { w.Resources.DiskBytes = disk.MinSize - 1 }), spec.ImageConfig{}, spec.KindInvalid, "spec.resources.disk_bytes", "between"},
+		"tmpfs size": {with(func(w *spec.Workload) {
+			w.Mounts = []spec.Mount{{Type: spec.MountTmpfs, Target: "/d", SizeBytes: math.MaxUint64}}
+		}), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts[0].size_bytes", "at most"},
 		"stop signal":         {with(func(w *spec.Workload) { w.StopSignal = "SIGFOO" }), spec.ImageConfig{StopSignal: "TERM"}, spec.KindInvalid, "spec.stop_signal", `"SIGFOO" is unknown`},
 		"image's stop signal": {with(func(*spec.Workload) {}), spec.ImageConfig{StopSignal: "SIGFOO"}, spec.KindInvalid, "spec.stop_signal", "the image's stop signal"},
 		"network":             {with(func(w *spec.Workload) { w.Network = "bridge" }), spec.ImageConfig{}, spec.KindUnsupported, "spec.network", "use none"},
@@ -115,6 +123,21 @@ func TestRefused(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A guest's kernel needs memory, which a container shares.
+func TestGuestMemory(t *testing.T) {
+	for memory, refused := range map[uint64]bool{0: false, minMemory: true, minGuestMemory - 1: true, minGuestMemory: false} {
+		w := spec.Workload{Process: command("x"), Resources: spec.Resources{MemoryBytes: memory}}
+		if _, err := Config(testID, w, spec.ImageConfig{}, spec.IsolationContainer); err != nil {
+			t.Errorf("a container with %d bytes: %v", memory, err)
+		}
+		_, err := Config(testID, w, spec.ImageConfig{}, spec.IsolationVM)
+		var e *spec.Error
+		if refused != (errors.As(err, &e) && e.Kind == spec.KindInvalid && e.Field == "spec.resources.memory_bytes") {
+			t.Errorf("a VM with %d bytes: %v", memory, err)
+		}
 	}
 }
 

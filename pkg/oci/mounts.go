@@ -111,6 +111,9 @@ func mountOf(field string, m spec.Mount) (specs.Mount, error) {
 	if m.Mode > 0o7777 {
 		return specs.Mount{}, spec.Invalidf(field+".mode", "mode %#o has more than permission bits", m.Mode)
 	}
+	if m.SizeBytes > maxTmpfsSize {
+		return specs.Mount{}, spec.Invalidf(field+".size_bytes", "a tmpfs lies in memory and cannot have %d bytes: give it at most %d", m.SizeBytes, uint64(maxTmpfsSize))
+	}
 	size, mode := m.SizeBytes, m.Mode
 	if size == 0 {
 		size = defaultTmpfsSize
