@@ -49,7 +49,7 @@ func (r *Runtime) running(id string) *instance {
 
 // reopen finds what a record speaks of.
 func (r *Runtime) reopen(rec record) (_ *instance, err error) {
-	group, err := cgroup.Load(r.cfg.CgroupParent, rec.ID)
+	group, err := cgroup.Load(rec.CgroupParent, rec.ID)
 	if spec.KindOf(err) == spec.KindNotFound {
 		return nil, runtime.ErrNotRunning
 	}

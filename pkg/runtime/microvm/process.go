@@ -98,6 +98,9 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 	if pidfd, err = newPidfd(fd); err == nil {
 		p.StartTime, err = startTime(p.PID)
 	}
+	if err == nil {
+		err = cgroup.DropOOMProtection(p.PID)
+	}
 	if err != nil {
 		err = errors.Join(err, syscall.Kill(p.PID, syscall.SIGKILL))
 		_, _ = syscall.Wait4(p.PID, nil, 0, nil) // it was killed just now
@@ -121,6 +124,20 @@ func confineThread() error {
 		}
 	}
 	return nil
+}
+
+// killProcess ends the process that pidfd is of, and never another of its pid.
+func killProcess(pidfd *os.File) error {
+	conn, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var killErr error
+	err = conn.Control(func(fd uintptr) { killErr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) })
+	if errors.Is(killErr, unix.ESRCH) {
+		killErr = nil
+	}
+	return errors.Join(err, killErr)
 }
 
 // newPidfd lets the Go runtime wait for fd.

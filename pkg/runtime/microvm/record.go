@@ -20,9 +20,11 @@ const (
 // record is what a daemon must know of a VM that an earlier one started. It is written before anything else is made, and
 // again once the processes run: a daemon that died between the two left processes that only their cgroup names.
 type record struct {
-	ID          string          `json:"id"`
-	Accelerator string          `json:"accelerator"`
-	Transport   transportRecord `json:"transport"`
+	ID string `json:"id"`
+	// Where its cgroup is: the next daemon may be configured otherwise.
+	CgroupParent string          `json:"cgroupParent"`
+	Accelerator  string          `json:"accelerator"`
+	Transport    transportRecord `json:"transport"`
 	// Hexadecimal.
 	Token string `json:"token"`
 	// Zero until they run. Helper stays zero where there is none.

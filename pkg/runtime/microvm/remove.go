@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -34,11 +35,7 @@ func (r *Runtime) end(ctx context.Context, id string, keepLayer bool) error {
 // destroy takes down whatever there is of id, in this order: nothing that a step frees may still be used, and the
 // directory by which List finds it goes last. It is for failed starts, removal and recovery alike.
 func (r *Runtime) destroy(ctx context.Context, id string, keepLayer bool) error {
-	group, err := cgroup.Load(r.cfg.CgroupParent, id)
-	if err == nil {
-		err = group.Delete(ctx)
-	}
-	if err != nil && spec.KindOf(err) != spec.KindNotFound {
+	if err := r.killAll(ctx, id); err != nil {
 		return err
 	}
 	if err := r.awaitEnd(ctx, id); err != nil {
@@ -56,6 +53,53 @@ func (r *Runtime) destroy(ctx context.Context, id string, keepLayer bool) error 
 		return fmt.Errorf("cannot remove its directory: %w", err)
 	}
 	return nil
+}
+
+// killAll kills everything in id's cgroup and removes that; then the processes of its record, should they be elsewhere:
+// what they use is about to be given to others.
+func (r *Runtime) killAll(ctx context.Context, id string) error {
+	rec, err := loadRecord(r.dir(id))
+	if err != nil {
+		// None, or one that was being written when its daemon died: nothing ran yet that it could name.
+		rec = record{CgroupParent: r.cfg.CgroupParent}
+	}
+	group, err := cgroup.Load(rec.CgroupParent, id)
+	if err == nil {
+		err = group.Delete(ctx)
+	}
+	if err != nil && spec.KindOf(err) != spec.KindNotFound {
+		return err
+	}
+	for _, p := range []process{rec.QEMU, rec.Helper} {
+		if err := p.end(ctx); err != nil {
+			return fmt.Errorf("cannot end process %d: %w", p.PID, err)
+		}
+	}
+	return nil
+}
+
+// end kills a process, if it is still there, and waits until it has gone.
+func (p process) end(ctx context.Context) error {
+	pidfd, err := p.open()
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer pidfd.Close() //nolint:errcheck // nothing to lose
+	if err := killProcess(pidfd); err != nil {
+		return err
+	}
+	if end, ok := ctx.Deadline(); ok {
+		if err := pidfd.SetReadDeadline(end); err != nil {
+			return err
+		}
+	}
+	stop := context.AfterFunc(ctx, func() { _ = pidfd.SetReadDeadline(time.Now()) })
+	defer stop()
+	// Whoever is its parent reaps it.
+	return onExit(pidfd, func(uintptr) {})
 }
 
 // awaitEnd waits until the watch over a VM whose processes were killed has seen it, so that nothing of it is left in

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -65,8 +64,8 @@ func (b *boot) fsck(ctx context.Context, layer *os.File) (err error) {
 	if err != nil {
 		return err
 	}
-	defer pidfd.Close()                                                              //nolint:errcheck // nothing to lose
-	stop := context.AfterFunc(ctx, func() { _ = syscall.Kill(p.PID, unix.SIGKILL) }) // not reaped yet, so the pid is its own
+	defer pidfd.Close() //nolint:errcheck // nothing to lose
+	stop := context.AfterFunc(ctx, func() { _ = killProcess(pidfd) })
 	status, err := waitStatus(p.PID, pidfd)
 	stop()
 	switch {

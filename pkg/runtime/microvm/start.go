@@ -42,6 +42,15 @@ var vmmOverhead = map[string]uint64{
 	accelTCG: 96<<20 + tcgBufferMiB<<20,
 }
 
+// vmmDevices are the device nodes QEMU and the helper may open; disks and vsock come as open descriptors.
+var vmmDevices = []cgroup.Device{
+	{Major: 1, Minor: 3, Reason: "/dev/null"},
+	{Major: 1, Minor: 5, Reason: "/dev/zero: memory, in some libraries"},
+	{Major: 1, Minor: 8, Reason: "/dev/random"},
+	{Major: 1, Minor: 9, Reason: "/dev/urandom"},
+	{Major: 10, Minor: 232, Reason: "/dev/kvm"},
+}
+
 // boot is one start in the making.
 type boot struct {
 	r *Runtime
@@ -151,7 +160,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 			err = errors.Join(err, b.transport.Close())
 		}
 	}()
-	b.rec = record{ID: b.sandbox.ID, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks()}
+	b.rec = record{ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks()}
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err
 	}
@@ -162,6 +171,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 		CPUMillis:   b.sandbox.Resources.CPUMillis,
 		MemoryBytes: b.sandbox.Resources.MemoryBytes + vmmOverhead[b.accel],
 		Pids:        maxVMMPids,
+		Devices:     vmmDevices,
 	})
 	if err != nil {
 		return nil, err

@@ -248,7 +248,8 @@ func (h *kernelHub) admit(conn net.Conn) *kernelTransport {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	t := h.guests[addr.ContextID]
-	if t == nil || h.waiting >= maxWaitingAll || len(t.waiting) >= maxWaitingPerVM {
+	// The first of a guest is always let in: others' crowds must not shut it off.
+	if t == nil || len(t.waiting) >= maxWaitingPerVM || h.waiting >= maxWaitingAll && len(t.waiting) > 0 {
 		return nil
 	}
 	t.hold(conn)
