@@ -14,10 +14,14 @@ import (
 func init() { runtime.LockOSThread() }
 
 func main() {
-	var err error
-	switch {
-	case os.Args[0] == guest.StageName:
+	if os.Args[0] == guest.StageName {
 		guest.RunStage()
+		return
+	}
+	// A container's agent runs from a memfd: its name would be a descriptor's number, where people look for what PID 1 is.
+	err := guest.NameProcess("sandbox-agent")
+	switch {
+	case err != nil:
 	case len(os.Args) == 2 && os.Args[1] == "container":
 		err = guest.RunContainer()
 	case os.Args[0] == "/init":
