@@ -35,7 +35,7 @@ func main() {
 	port := flag.Uint64("port", 0, "the port at context ID 2 that the guest may connect to")
 	flag.Parse()
 	// 0 to 2 and 2^32-1 have a meaning of their own.
-	if flag.NArg() != 0 || *cid < 3 || *cid >= math.MaxUint32 || *port >= math.MaxUint32 {
+	if flag.NArg() != 0 || *cid < 3 || *cid >= math.MaxUint32 || *port == 0 || *port >= math.MaxUint32 {
 		flag.Usage()
 		os.Exit(2)
 	}
