@@ -20,7 +20,7 @@ const (
 	// of 256 KiB, 0.63 s in pieces of 1 MiB).
 	readBytes = 256 << 10
 	// maxChunks bounds the pieces of one answer. The agent's own bookkeeping lets it keep 16 Ki of them at most.
-	maxChunks = 32 << 10
+	maxChunks = 16 << 10
 	// maxClockLead is how far ahead of the host's clock an agent's may be.
 	maxClockLead = 5 * time.Minute
 	// maxName bounds version strings and the like, in bytes.

@@ -57,7 +57,13 @@ type Client struct {
 
 	dialling chan struct{} // holds one token: who has it dials
 	mu       sync.Mutex
-	conn     *ttrpc.Client // nil when there is none
+	conn     *connection // nil when there is none
+}
+
+// connection is one connection to the agent.
+type connection struct {
+	*ttrpc.Client
+	raw *conn
 }
 
 // New makes a client that reaches its agent by dial until done is closed. It dials at the first call.
@@ -82,7 +88,7 @@ func (c *Client) Close() {
 }
 
 // drop closes the connection if it is still that one; nil means whichever it is.
-func (c *Client) drop(which *ttrpc.Client) {
+func (c *Client) drop(which *connection) {
 	c.mu.Lock()
 	conn := c.conn
 	if which != nil && conn != which {
@@ -96,7 +102,7 @@ func (c *Client) drop(which *ttrpc.Client) {
 	}
 }
 
-func (c *Client) current() *ttrpc.Client {
+func (c *Client) current() *connection {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.conn
@@ -116,7 +122,7 @@ func (c *Client) gone() error {
 }
 
 // connect answers with the connection, dialling it if there is none.
-func (c *Client) connect(ctx context.Context) (*ttrpc.Client, error) {
+func (c *Client) connect(ctx context.Context) (*connection, error) {
 	select {
 	case c.dialling <- struct{}{}:
 		defer func() { <-c.dialling }()
@@ -132,7 +138,8 @@ func (c *Client) connect(ctx context.Context) (*ttrpc.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn := ttrpc.NewClient(raw)
+	checked := newConn(raw)
+	conn := &connection{ttrpc.NewClient(checked), checked}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
@@ -165,6 +172,10 @@ func (c *Client) call(ctx context.Context, limit time.Duration, attempt func(con
 			if refusal := refused(err); refusal != nil {
 				return refusal
 			}
+			if violation := conn.raw.violation(); violation != nil {
+				c.drop(conn)
+				return violation
+			}
 			if ctx.Err() == nil {
 				c.drop(conn) // lost, or silent for longer than limit
 			}
@@ -190,16 +201,18 @@ func (c *Client) call(ctx context.Context, limit time.Duration, attempt func(con
 	}
 }
 
-func (c *Client) attempt(ctx context.Context, conn *ttrpc.Client, limit time.Duration, attempt func(context.Context, agentv1.AgentServiceService) error) error {
+func (c *Client) attempt(ctx context.Context, conn *connection, limit time.Duration, attempt func(context.Context, agentv1.AgentServiceService) error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	return attempt(ctx, agentv1.NewAgentServiceClient(conn))
+	return attempt(ctx, agentv1.NewAgentServiceClient(conn.Client))
 }
 
 // poll is call for what waits at the agent, repeated until attempt has something.
 func (c *Client) poll(ctx context.Context, attempt func(context.Context, agentv1.AgentServiceService) (bool, error)) error {
+	hasty := haste{wait: pollTime}
 	for {
 		has := false
+		hasty.begin()
 		err := c.call(ctx, pollTime+pollMargin, func(ctx context.Context, agent agentv1.AgentServiceService) (err error) {
 			has, err = attempt(ctx, agent)
 			return err
@@ -207,9 +220,34 @@ func (c *Client) poll(ctx context.Context, attempt func(context.Context, agentv1
 		if err != nil || has {
 			return err
 		}
-		if ctx.Err() != nil {
-			return ctx.Err()
+		if err := hasty.pause(ctx); err != nil {
+			return err
 		}
+	}
+}
+
+// haste keeps an agent that answers at once, where it should have waited, from keeping the daemon busy.
+type haste struct {
+	wait  time.Duration // what the agent waits before it answers that there is nothing
+	began time.Time
+	delay time.Duration
+}
+
+// begin is called before each call.
+func (h *haste) begin() { h.began = time.Now() }
+
+// pause is called after an answer that says that there is nothing.
+func (h *haste) pause(ctx context.Context) error {
+	if time.Since(h.began) >= h.wait {
+		h.delay = 0
+		return ctx.Err()
+	}
+	h.delay = min(max(firstRetry, 2*h.delay), lastRetry)
+	select {
+	case <-time.After(h.delay):
+		return ctx.Err()
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

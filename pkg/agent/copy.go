@@ -6,20 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-const (
-	// copyPiece is how much of a stream is sent at a time.
-	copyPiece = 512 << 10
-	// abandonLimit bounds the clearing up after a copy that failed or was given up.
-	abandonLimit = 10 * time.Second
-)
+// copyPiece is how much of a stream is sent at a time.
+const copyPiece = 512 << 10
 
 // CopyIn unpacks the tar stream r below the directory path of the container.
 func (c *Client) CopyIn(ctx context.Context, containerID, path string, r io.Reader) error {
@@ -27,7 +20,7 @@ func (c *Client) CopyIn(ctx context.Context, containerID, path string, r io.Read
 	if err != nil {
 		return err
 	}
-	defer p.abandon(ctx)
+	defer p.end(ctx)
 	if err := p.send(ctx, r); err != nil {
 		return err
 	}
@@ -73,7 +66,7 @@ func (c *Client) CopyOut(ctx context.Context, containerID, path string, w io.Wri
 	if err != nil {
 		return err
 	}
-	defer p.abandon(ctx)
+	defer p.end(ctx)
 	var offset uint64
 	for eof := false; !eof; {
 		var chunks []Chunk
@@ -96,6 +89,9 @@ func (c *Client) startCopy(ctx context.Context, containerID, path string, d agen
 		_, err := agent.Copy(ctx, &agentv1.CopyRequest{ContainerId: containerID, ProcessId: p.ID, Direction: d, Path: path})
 		return err
 	})
+	if err != nil {
+		c.abandon(p)
+	}
 	return p, err
 }
 
@@ -110,18 +106,4 @@ func (p *Process) copyResult(ctx context.Context, what string) error {
 		complaint = fmt.Sprintf("the copy ended with code %d", exit.Code)
 	}
 	return spec.Invalidf("path", "%s: %s", what, complaint)
-}
-
-// abandon ends a copy and has it forgotten, also when ctx is why.
-func (p *Process) abandon(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abandonLimit)
-	defer cancel()
-	// An error of any of these means that it has ended, or that the sandbox has.
-	if p.Release(ctx) == nil {
-		return
-	}
-	_ = p.Signal(ctx, int(unix.SIGKILL), false)
-	if _, err := p.Wait(ctx); err == nil {
-		_ = p.Release(ctx)
-	}
 }

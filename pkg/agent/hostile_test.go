@@ -3,12 +3,15 @@ package agent_test
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/ttrpc"
 	"google.golang.org/grpc/codes"
@@ -27,7 +30,7 @@ type hostile struct {
 
 func (h *hostile) Configure(context.Context, *agentv1.ConfigureRequest) (*agentv1.ConfigureResponse, error) {
 	return &agentv1.ConfigureResponse{
-		ProtocolVersion: spec.ProtocolVersion, KernelRelease: "\x1b[2J6.1" + strings.Repeat("x", 1<<20), BootId: "a\nb",
+		ProtocolVersion: spec.ProtocolVersion, KernelRelease: "\x1b[2J6.1" + strings.Repeat("x", 1<<18), BootId: "a\nb",
 	}, nil
 }
 
@@ -35,18 +38,29 @@ func (h *hostile) Exec(context.Context, *agentv1.ExecRequest) (*agentv1.ExecResp
 	return &agentv1.ExecResponse{Pid: 1}, nil
 }
 
+func (h *hostile) Release(context.Context, *agentv1.ReleaseRequest) (*agentv1.ReleaseResponse, error) {
+	return &agentv1.ReleaseResponse{}, nil
+}
+
 func (h *hostile) ReadOutput(_ context.Context, r *agentv1.ReadOutputRequest) (*agentv1.ReadOutputResponse, error) {
 	switch r.ProcessId {
 	case "more": // more than was asked for
 		return &agentv1.ReadOutputResponse{Chunks: []*agentv1.Chunk{{Stream: 1, Data: make([]byte, 3<<20)}}}, nil
+	case "idle": // nothing, and at once
+		h.calls.Add(1)
+		return &agentv1.ReadOutputResponse{}, nil
 	case "empty":
 		h.calls.Add(1)
 		return &agentv1.ReadOutputResponse{Chunks: []*agentv1.Chunk{{Stream: 1}}}, nil
 	}
-	return nil, status.Error(codes.Internal, "\x1b]0;evil\a"+strings.Repeat("y", 1<<20))
+	return nil, status.Error(codes.Internal, "\x1b]0;evil\a"+strings.Repeat("y", 1<<18))
 }
 
 func (h *hostile) WriteInput(_ context.Context, r *agentv1.WriteInputRequest) (*agentv1.WriteInputResponse, error) {
+	if r.ProcessId == "idle" {
+		h.calls.Add(1)
+		return &agentv1.WriteInputResponse{Accepted: r.Offset}, nil
+	}
 	return &agentv1.WriteInputResponse{Accepted: r.Offset - 1}, nil
 }
 
@@ -108,25 +122,87 @@ func TestHostileAgent(t *testing.T) {
 	}
 }
 
-// TestGarbageInsteadOfProtocol: bytes that are no protocol end the connection, and the call when its caller's patience ends.
+// TestNoBusyLoop: an agent that answers at once, again and again, that there is nothing, is asked less and less often.
+func TestNoBusyLoop(t *testing.T) {
+	h := &hostile{}
+	c := serveHostile(t, h)
+	idle := c.Process("idle")
+	for name, call := range map[string]func(context.Context) error{
+		"read": func(ctx context.Context) error { _, _, err := idle.ReadOutput(ctx, 0); return err },
+		"write": func(ctx context.Context) error {
+			_, _, err := idle.WriteInput(ctx, 0, []byte("x"), false)
+			return err
+		},
+	} {
+		h.calls.Store(0)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		err := call(ctx)
+		cancel()
+		// 5, 10, … 320, 500 ms: ten calls at most. Without any delay it is many thousands.
+		if n := h.calls.Load(); !errors.Is(err, context.DeadlineExceeded) || n > 12 {
+			t.Errorf("%s: %d calls in two seconds, %v", name, n, err)
+		}
+	}
+}
+
+// TestAgentThatStopsReading: no call waits for ever for a lock that another one holds while it writes.
+func TestAgentThatStopsReading(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c := agent.New(func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", l.Addr().String()) // into the backlog: nobody ever reads
+	}, make(chan struct{}))
+	defer c.Close()
+	writing, stop := context.WithCancel(t.Context())
+	defer stop()
+	var all sync.WaitGroup
+	all.Go(func() { _, _, _ = c.Process("p").WriteInput(writing, 0, make([]byte, 1<<20), false) })
+	for range 5 {
+		all.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if err := c.Process("p").Signal(ctx, 9, false); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("got %v", err)
+			}
+			stop()
+		})
+	}
+	returned := make(chan struct{})
+	go func() {
+		defer close(returned)
+		all.Wait()
+	}()
+	select {
+	case <-returned:
+	case <-time.After(patience):
+		t.Fatal("calls never return")
+	}
+}
+
+// TestGarbageInsteadOfProtocol: bytes that are no protocol end the connection and the call; what comes later gets a new one.
 func TestGarbageInsteadOfProtocol(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
 	dials := 0
 	c := agent.New(func(context.Context) (net.Conn, error) {
-		if dials++; dials == 5 {
-			cancel()
-		}
+		dials++
 		ours, theirs := net.Pipe()
 		go func() {
 			_, _ = theirs.Read(make([]byte, 1))
-			_, _ = theirs.Write([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 2, 0})
-			theirs.Close()
+			go func() { _, _ = theirs.Write([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 2, 0}) }()
+			_, _ = io.Copy(io.Discard, theirs) // until ours is closed
 		}()
 		return ours, nil
 	}, make(chan struct{}))
 	defer c.Close()
-	if _, err := c.Stats(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
+	for range 3 {
+		if _, err := c.Stats(t.Context()); spec.KindOf(err) != spec.KindInternal || !strings.Contains(err.Error(), "broke the protocol") {
+			t.Errorf("got %v", err)
+		}
+	}
+	if dials != 3 {
+		t.Errorf("%d connections were made", dials)
 	}
 }
 

@@ -46,18 +46,37 @@ func (p *Process) ReadOutput(ctx context.Context, offset uint64) ([]Chunk, bool,
 	return chunks, eof, nil
 }
 
+// inputWait is how long an agent waits for a process to read, before it answers that not all input was accepted: a second
+// less than it promises, because a clock is read on either side.
+const inputWait = 9 * time.Second
+
 // WriteInput hands data to the process's standard input, which already has offset bytes, and closes it after them if eof
-// says so. It waits until all is accepted, the process takes no more (closed), or ctx is done. accepted counts from the
+// says so. It waits until some is accepted, the process takes no more (closed), or ctx is done. accepted counts from the
 // first byte ever written, so a call without data tells where a predecessor stopped; it can be less than
-// offset+len(data): go on from there.
+// offset+len(data): go on from there. However often it is called, an agent that takes nothing, or little, can't make that a
+// busy loop.
 func (p *Process) WriteInput(ctx context.Context, offset uint64, data []byte, eof bool) (accepted uint64, closed bool, err error) {
+	hasty := haste{wait: inputWait}
 	for {
 		piece := data[:min(len(data), maxCallBytes)]
+		end := offset + uint64(len(piece))
+		hasty.begin()
 		accepted, closed, err = p.writePiece(ctx, offset, piece, eof && len(piece) == len(data))
-		if err != nil || closed || accepted < offset+uint64(len(piece)) || len(piece) == len(data) {
+		switch {
+		case err != nil || closed:
 			return accepted, closed, err
+		case accepted < end:
+			if err := hasty.pause(ctx); accepted > offset || err != nil {
+				if accepted > offset {
+					err = nil // what was accepted must be told
+				}
+				return accepted, false, err
+			}
+		case len(piece) == len(data):
+			return accepted, false, nil
+		default:
+			data, offset = data[len(piece):], end
 		}
-		data, offset = data[len(piece):], offset+uint64(len(piece))
 	}
 }
 

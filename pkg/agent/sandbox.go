@@ -66,25 +66,30 @@ func (c *Client) CreateContainer(ctx context.Context, containerID string, config
 }
 
 // Start starts a process. An error of which spec.ReasonOf is ReasonProcessNotFound or ReasonProcessNotExecutable means 127
-// or 126. Starting an id again that already runs answers with that process.
+// or 126. Starting an id again that already runs answers with that process. After any other error, ctx's end included, the
+// process is ended should it run, and its id is never started again.
 func (c *Client) Start(ctx context.Context, containerID, processID string, p *specs.Process, stdin bool) (*Process, error) {
 	encoded, err := json.Marshal(p)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the process: %w", err)
 	}
 	started := c.Process(processID)
+	refused := false
 	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
 		r, err := agent.Exec(ctx, &agentv1.ExecRequest{ContainerId: containerID, ProcessId: processID, OciProcess: encoded, Stdin: stdin})
 		if err != nil {
 			return err
 		}
-		if r.Failure != nil {
+		if refused = r.Failure != nil; refused {
 			return startFailure(r.Failure)
 		}
 		started.PID, err = pidOf(r.Pid)
 		return err
 	})
 	if err != nil {
+		if !refused {
+			c.abandon(started)
+		}
 		return nil, err
 	}
 	return started, nil

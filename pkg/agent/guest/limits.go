@@ -27,6 +27,8 @@ const (
 	closeWait = 2 * time.Second
 	// maxProcesses is how many processes, running or not released, the table holds.
 	maxProcesses = 4096
+	// maxReleased is how many released ids are remembered: far more than calls can be under way.
+	maxReleased = 4096
 	// maxConfigBytes bounds the JSON of an OCI config or process.
 	maxConfigBytes = 2 << 20
 	// maxIDLen bounds the ids the daemon chooses.

@@ -128,6 +128,10 @@ type table struct {
 	mu   sync.Mutex
 	byID map[string]*process
 	full bool // no further process: the sandbox ends
+	// The last ids that were released, or would have been. A call to start one of them was overtaken by its caller's
+	// change of mind.
+	released     map[string]struct{}
+	releaseOrder []string
 }
 
 // add answers with the process of that id, and whether it is new.
@@ -136,6 +140,9 @@ func (t *table) add(id string) (*process, bool, error) {
 	defer t.mu.Unlock()
 	if p := t.byID[id]; p != nil {
 		return p, false, nil
+	}
+	if _, over := t.released[id]; over {
+		return nil, false, wrongState("process %q was released", id)
 	}
 	if t.full {
 		return nil, false, wrongState("the sandbox is shutting down")
@@ -151,7 +158,8 @@ func (t *table) add(id string) (*process, bool, error) {
 	return p, true, nil
 }
 
-// take removes p's row and reports whether it was there.
+// take removes p's row and reports whether it was there. p has started or failed to; in the latter case the daemon may try
+// again.
 func (t *table) take(p *process) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -159,7 +167,43 @@ func (t *table) take(p *process) bool {
 		return false
 	}
 	delete(t.byID, p.id)
+	if p.started.err == nil {
+		t.retireLocked(p.id)
+	}
 	return true
+}
+
+// release answers with the process of that id, which its caller is to take; nil if there is none. Then none will be.
+func (t *table) release(id string) *process {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.byID[id]; p != nil {
+		return p
+	}
+	t.retireLocked(id)
+	return nil
+}
+
+// retire has id never started again.
+func (t *table) retire(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.retireLocked(id)
+}
+
+func (t *table) retireLocked(id string) {
+	if _, known := t.released[id]; known {
+		return
+	}
+	if t.released == nil {
+		t.released = map[string]struct{}{}
+	}
+	if len(t.releaseOrder) == maxReleased {
+		delete(t.released, t.releaseOrder[0])
+		t.releaseOrder = append(t.releaseOrder[:0], t.releaseOrder[1:]...)
+	}
+	t.released[id] = struct{}{}
+	t.releaseOrder = append(t.releaseOrder, id)
 }
 
 // get answers with a process that has started, waiting for one that is about to.

@@ -240,8 +240,17 @@ func (s *Service) Wait(ctx context.Context, r *agentv1.WaitRequest) (*agentv1.Wa
 
 // Release implements agentv1.AgentServiceService.
 func (s *Service) Release(ctx context.Context, r *agentv1.ReleaseRequest) (*agentv1.ReleaseResponse, error) {
+	if err := checkID(r.ProcessId); err != nil {
+		return nil, err
+	}
+	if s.processes.release(r.ProcessId) == nil {
+		return nil, notFound("process %q is not known", r.ProcessId)
+	}
 	p, err := s.processes.get(ctx, r.ProcessId)
 	if err != nil {
+		if ctx.Err() == nil {
+			s.processes.retire(r.ProcessId) // it did not start, and shall not when it is asked for again
+		}
 		return nil, err
 	}
 	if !p.hasEnded() {
