@@ -43,7 +43,9 @@ the exit code is then 0 as well.`,
 			if err != nil {
 				return err
 			}
-			answer, err := c.Policy.Explain(ctx, &sandboxdv1.ExplainRequest{Labels: request.GetLabels(), Spec: request.GetSpec()})
+			answer, err := c.Policy.Explain(ctx, &sandboxdv1.ExplainRequest{
+				Name: request.GetName(), Labels: request.GetLabels(), Spec: request.GetSpec(),
+			})
 			if err != nil {
 				return err
 			}

@@ -15,7 +15,7 @@ type policyService struct {
 // Explain answers with the decision, a denial included. An error that comes with a decision says what the host cannot
 // give; one without says that the request cannot be decided.
 func (s *policyService) Explain(ctx context.Context, r *sandboxdv1.ExplainRequest) (*sandboxdv1.ExplainResponse, error) {
-	o, err := createOptions(ctx, "", r.GetLabels(), r.GetSpec())
+	o, err := createOptions(ctx, r.GetName(), r.GetLabels(), r.GetSpec())
 	if err != nil {
 		return nil, err
 	}

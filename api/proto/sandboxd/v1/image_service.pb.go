@@ -905,20 +905,22 @@ const file_sandboxd_v1_image_service_proto_rawDesc = "" +
 	"\n" +
 	"done_bytes\x18\x03 \x01(\x04R\tdoneBytes\x12\x1f\n" +
 	"\vtotal_bytes\x18\x04 \x01(\x04R\n" +
-	"totalBytes\"Y\n" +
+	"totalBytes\"c\n" +
 	"\x11ListImagesRequest\x12%\n" +
-	"\tpage_size\x18\x01 \x01(\rB\b\xbaH\x05*\x03\x18\xe8\aR\bpageSize\x12\x1d\n" +
+	"\tpage_size\x18\x01 \x01(\rB\b\xbaH\x05*\x03\x18\xe8\aR\bpageSize\x12'\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"h\n" +
+	"page_token\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\tpageToken\"h\n" +
 	"\x12ListImagesResponse\x12*\n" +
 	"\x06images\x18\x01 \x03(\v2\x12.sandboxd.v1.ImageR\x06images\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"8\n" +
-	"\x0fGetImageRequest\x12%\n" +
-	"\treference\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\treference\"<\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\";\n" +
+	"\x0fGetImageRequest\x12(\n" +
+	"\treference\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x04R\treference\"<\n" +
 	"\x10GetImageResponse\x12(\n" +
-	"\x05image\x18\x01 \x01(\v2\x12.sandboxd.v1.ImageR\x05image\";\n" +
-	"\x12RemoveImageRequest\x12%\n" +
-	"\treference\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\treference\"\x15\n" +
+	"\x05image\x18\x01 \x01(\v2\x12.sandboxd.v1.ImageR\x05image\">\n" +
+	"\x12RemoveImageRequest\x12(\n" +
+	"\treference\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x04R\treference\"\x15\n" +
 	"\x13RemoveImageResponse2\x9a\x03\n" +
 	"\fImageService\x12R\n" +
 	"\vImportImage\x12\x1f.sandboxd.v1.ImportImageRequest\x1a .sandboxd.v1.ImportImageResponse(\x01\x12L\n" +

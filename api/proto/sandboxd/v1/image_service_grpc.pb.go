@@ -32,8 +32,8 @@ const (
 //
 // Images, each one read-only EROFS file named by digest, used by both isolations.
 type ImageServiceClient interface {
-	// ImportImage takes a docker-save archive, an OCI layout as a tar, or a plain root file system tar, gzip or zstd or
-	// uncompressed: which one is seen from the content. The first request carries start.
+	// ImportImage takes a docker-save archive, an OCI layout as a tar, or a plain root file system tar, compressed with
+	// gzip, zstd or xz or not at all: which one is seen from the content. The first request carries start.
 	ImportImage(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportImageRequest, ImportImageResponse], error)
 	// PullImage fetches an image from a registry and reports progress; the last answer carries the image.
 	PullImage(ctx context.Context, in *PullImageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullImageResponse], error)
@@ -119,8 +119,8 @@ func (c *imageServiceClient) RemoveImage(ctx context.Context, in *RemoveImageReq
 //
 // Images, each one read-only EROFS file named by digest, used by both isolations.
 type ImageServiceServer interface {
-	// ImportImage takes a docker-save archive, an OCI layout as a tar, or a plain root file system tar, gzip or zstd or
-	// uncompressed: which one is seen from the content. The first request carries start.
+	// ImportImage takes a docker-save archive, an OCI layout as a tar, or a plain root file system tar, compressed with
+	// gzip, zstd or xz or not at all: which one is seen from the content. The first request carries start.
 	ImportImage(grpc.ClientStreamingServer[ImportImageRequest, ImportImageResponse]) error
 	// PullImage fetches an image from a registry and reports progress; the last answer carries the image.
 	PullImage(*PullImageRequest, grpc.ServerStreamingServer[PullImageResponse]) error

@@ -23,9 +23,11 @@ const (
 )
 
 type ExplainRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Labels        map[string]string      `protobuf:"bytes,1,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Spec          *WorkloadSpec          `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Labels map[string]string      `protobuf:"bytes,1,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Spec   *WorkloadSpec          `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	// As CreateWorkload has it: a rule may look at it.
+	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -72,6 +74,13 @@ func (x *ExplainRequest) GetSpec() *WorkloadSpec {
 		return x.Spec
 	}
 	return nil
+}
+
+func (x *ExplainRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
 }
 
 type ExplainResponse struct {
@@ -384,10 +393,11 @@ var File_sandboxd_v1_policy_service_proto protoreflect.FileDescriptor
 
 const file_sandboxd_v1_policy_service_proto_rawDesc = "" +
 	"\n" +
-	" sandboxd/v1/policy_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1asandboxd/v1/workload.proto\"\xc3\x01\n" +
-	"\x0eExplainRequest\x12?\n" +
-	"\x06labels\x18\x01 \x03(\v2'.sandboxd.v1.ExplainRequest.LabelsEntryR\x06labels\x125\n" +
-	"\x04spec\x18\x02 \x01(\v2\x19.sandboxd.v1.WorkloadSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x1a9\n" +
+	" sandboxd/v1/policy_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1asandboxd/v1/workload.proto\"\x9b\x02\n" +
+	"\x0eExplainRequest\x12Y\n" +
+	"\x06labels\x18\x01 \x03(\v2'.sandboxd.v1.ExplainRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x125\n" +
+	"\x04spec\x18\x02 \x01(\v2\x19.sandboxd.v1.WorkloadSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12<\n" +
+	"\x04name\x18\x03 \x01(\tB(\xbaH%r#\x18?2\x1f^([a-zA-Z0-9][a-zA-Z0-9_.-]*)?$R\x04name\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb2\x01\n" +
