@@ -169,12 +169,12 @@ func (c *Client) call(ctx context.Context, limit time.Duration, attempt func(con
 			if err == nil {
 				return nil
 			}
-			if refusal := refused(err); refusal != nil {
-				return refusal
-			}
 			if violation := conn.raw.violation(); violation != nil {
 				c.drop(conn)
 				return violation
+			}
+			if refusal := refused(err); refusal != nil {
+				return refusal
 			}
 			if ctx.Err() == nil {
 				c.drop(conn) // lost, or silent for longer than limit
