@@ -13,7 +13,7 @@ import (
 type rootfs struct {
 	id    string
 	image *os.File // the EROFS file
-	layer *os.File // the loop device with the writable layer
+	layer *os.File // a mount of the writable layer, attached nowhere
 	// The sandbox's user namespace and the host id of its root.
 	userns *os.File
 	base   uint32
@@ -56,18 +56,13 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 		return nil, nil, err
 	}
 	defer lower.Close() //nolint:errcheck // attached below
-	upper, err := mountFS("ext4", unix.MOUNT_ATTR_NODEV, option{"source", fdPath(r.layer)}, option{"errors", "remount-ro"})
-	if err != nil {
-		return nil, nil, fmt.Errorf("cannot mount the writable layer: %w", err)
-	}
-	defer upper.Close() //nolint:errcheck // attached below
 	for _, layer := range []struct {
 		mount *os.File
 		dir   string
 		attrs uint64
 	}{
 		{lower, dir + "/image", unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV},
-		{upper, dir + "/layer", unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_NODEV},
+		{r.layer, dir + "/layer", unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_NODEV},
 	} {
 		if err := setAttr(layer.mount, unix.MountAttr{Attr_set: layer.attrs, Userns_fd: uint64(r.userns.Fd())}); err != nil {
 			return nil, nil, fmt.Errorf("cannot show %s with the sandbox's ids: %w", filepath.Base(layer.dir), err)

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
@@ -38,7 +40,7 @@ type start struct {
 	group    *cgroup.Group
 	listener *os.File
 	agent    *agentProcess
-	layer    *os.File // the loop device
+	layer    *os.File // a mount of the writable layer, attached nowhere
 	fresh    bool     // the layer was made by this start
 	root     *os.File
 	image    *image
@@ -218,7 +220,8 @@ func (st *start) spawn(context.Context) error {
 	return err
 }
 
-// attachLayer puts the writable layer on a loop device; it makes, or repairs, the layer first.
+// attachLayer mounts the writable layer; it makes, or repairs, the layer first. Beside the other steps: the kernel marks the
+// file system as in use and waits until the mark has reached the disk.
 func (st *start) attachLayer(ctx context.Context) error {
 	// Known before it is made: if that fails half-way, the half goes too.
 	_, err := os.Lstat(disk.LayerPath(st.r.config.StateDir, st.s.ID))
@@ -241,8 +244,16 @@ func (st *start) attachLayer(ctx context.Context) error {
 		return fmt.Errorf("cannot open the writable layer: %w", err)
 	}
 	defer f.Close() //nolint:errcheck // the loop device has its own reference
-	st.layer, err = disk.AttachLoop(f, false)
-	return err
+	loop, err := disk.AttachLoop(f, false)
+	if err != nil {
+		return err
+	}
+	defer loop.Close() //nolint:errcheck // the mount keeps the device
+	st.layer, err = mountFS("ext4", unix.MOUNT_ATTR_NODEV, option{"source", fdPath(loop)}, option{"errors", "remount-ro"})
+	if err != nil {
+		return fmt.Errorf("cannot mount the writable layer: %w", err)
+	}
+	return nil
 }
 
 func (st *start) buildRoot(ctx context.Context) error {
