@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -154,6 +155,15 @@ func loadPolicy(path string) (*policy.Policy, error) {
 	return policy.Load(source, path)
 }
 
+// leaveNoEmptyCgroup removes the sandboxes' parent when the daemon ends, unless there are any.
+func leaveNoEmptyCgroup(parent string) error {
+	err := cgroup.RemoveParent(parent)
+	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTEMPTY) {
+		return nil
+	}
+	return err
+}
+
 // newRuntimes is where the daemon learns which walls there are.
 func (d *daemon) newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime, error) {
 	agent, err := program("agent", c.agent, "sandbox-agent")
@@ -168,6 +178,7 @@ func (d *daemon) newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runt
 	if err != nil {
 		return nil, err
 	}
+	d.onClose(func() error { return leaveNoEmptyCgroup(c.cgroup) })
 	disks := disk.NewMaker(filepath.Join(c.stateDir, "disk-templates"))
 	containers, err := container.New(container.Config{
 		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
