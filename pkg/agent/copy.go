@@ -60,7 +60,7 @@ func (p *Process) send(ctx context.Context, r io.Reader) error {
 }
 
 // CopyOut writes the file or directory path of the container to w as a tar stream, its entries named from path's last
-// element on. What the stream says is the sandbox's claim: whoever unpacks it must not let it lead anywhere.
+// element on; KindNotFound if there is no such path. What the stream says is the sandbox's claim: whoever unpacks it must not let it lead anywhere.
 func (c *Client) CopyOut(ctx context.Context, containerID, path string, w io.Writer) error {
 	p, err := c.startCopy(ctx, containerID, path, agentv1.CopyRequest_DIRECTION_OUT)
 	if err != nil {
@@ -95,6 +95,9 @@ func (c *Client) startCopy(ctx context.Context, containerID, path string, d agen
 	return p, err
 }
 
+// copyMissingCode is a copy's exit code when what was to be read is not there: ENOENT's number.
+const copyMissingCode = 2
+
 func (p *Process) copyResult(ctx context.Context, what string) error {
 	exit, complaint, err := p.wait(ctx)
 	switch {
@@ -105,5 +108,9 @@ func (p *Process) copyResult(ctx context.Context, what string) error {
 	case complaint == "":
 		complaint = fmt.Sprintf("the copy ended with code %d", exit.Code)
 	}
-	return spec.Invalidf("path", "%s: %s", what, complaint)
+	failure := spec.Invalidf("path", "%s: %s", what, complaint)
+	if exit.Code == copyMissingCode {
+		failure.Kind = spec.KindNotFound
+	}
+	return failure
 }

@@ -169,7 +169,7 @@ func TestCopyRefuses(t *testing.T) {
 	if err := s.CopyIn(t.Context(), theContainer, "/tmp", strings.NewReader(strings.Repeat("no tar ", 1000))); spec.KindOf(err) != spec.KindInvalid {
 		t.Errorf("no tar: %v", err)
 	}
-	if err := s.CopyOut(t.Context(), theContainer, "/nowhere", io.Discard); spec.KindOf(err) != spec.KindInvalid || !strings.Contains(err.Error(), "no such file") {
+	if err := s.CopyOut(t.Context(), theContainer, "/nowhere", io.Discard); spec.KindOf(err) != spec.KindNotFound || err.(*spec.Error).Field != "path" || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("no such file: %v", err)
 	}
 }

@@ -31,6 +31,17 @@ func (j *copyJob) run(in, out *os.File) error {
 	return pack(root, j.Path, out)
 }
 
+// copyMissingCode is the exit code of a copy of something that is not there, the number of the error.
+const copyMissingCode = int(unix.ENOENT)
+
+// copyExitCode is the exit code of a copy that failed with err.
+func copyExitCode(j *copyJob, err error) int {
+	if !j.In && isMissing(err) {
+		return copyMissingCode
+	}
+	return stageFailedCode
+}
+
 // Copy implements agentv1.AgentServiceService.
 func (s *Service) Copy(ctx context.Context, r *agentv1.CopyRequest) (*agentv1.CopyResponse, error) {
 	if err := checkID(r.ProcessId); err != nil {

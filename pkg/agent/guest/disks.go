@@ -48,6 +48,9 @@ func (w *vmWall) mountRoot() (*os.File, error) {
 	if w.disk, err = openDir(diskDir); err != nil {
 		return nil, err
 	}
+	if err := prepareUpper(imageDir, diskDir); err != nil {
+		return nil, err
+	}
 	overlay := mountOptions{
 		attrs: unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RELATIME,
 		data:  []string{"lowerdir=" + imageDir, "upperdir=" + diskDir + "/upper", "workdir=" + diskDir + "/work"},
@@ -56,6 +59,30 @@ func (w *vmWall) mountRoot() (*os.File, error) {
 		return nil, err
 	}
 	return openDir(rootDir)
+}
+
+// prepareUpper gives a writable layer that was never used the owner and mode of the image's root, which an overlay takes from
+// its upper directory. The first overlay leaves something in its work directory.
+func prepareUpper(image, disk string) error {
+	used, err := os.ReadDir(disk + "/work")
+	if err != nil {
+		return fmt.Errorf("cannot examine the writable layer: %w", err)
+	}
+	if len(used) > 0 {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(image, &st); err != nil {
+		return fmt.Errorf("cannot examine the image's root: %w", err)
+	}
+	upper := disk + "/upper"
+	if err := unix.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
+		return fmt.Errorf("cannot prepare the writable layer: %w", err)
+	}
+	if err := unix.Chmod(upper, st.Mode&0o7777); err != nil {
+		return fmt.Errorf("cannot prepare the writable layer: %w", err)
+	}
+	return nil
 }
 
 // settleDisk makes the writable layer's file system read-only, so that everything is on the drive and the file system says

@@ -53,7 +53,9 @@ func (w pidOne) gone() bool {
 // runtime from ending PID 1, and unlike an ignored signal it is not inherited by the workload.
 func (w pidOne) run(ctx context.Context) {
 	unheard := make(chan os.Signal, 1)
-	signal.Notify(unheard, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE)
+	signal.Notify(unheard, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE,
+		// Sent by kill(2). The agent's own faults end it all the same.
+		unix.SIGSEGV, unix.SIGBUS, unix.SIGFPE, unix.SIGILL, unix.SIGTRAP, unix.SIGABRT, unix.SIGSYS, unix.SIGSTKFLT)
 	defer signal.Stop(unheard)
 	w.children.reapAll(ctx)
 }

@@ -100,7 +100,7 @@ func (w *plainWall) copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitSt
 		own[0].Close()
 		own[1].Close()
 		if err != nil {
-			ended(unix.WaitStatus(stageFailedCode<<8), err.Error())
+			ended(unix.WaitStatus(copyExitCode(job, err)<<8), err.Error())
 			return
 		}
 		ended(0, "")

@@ -22,6 +22,8 @@ type rootfs struct {
 	oldDev *os.File
 	// How the agent moves into the new root.
 	enter func(*rootfs) error
+	// A procfs for the agent alone.
+	home *os.File
 	// What the agent keeps.
 	result root
 }
@@ -42,6 +44,7 @@ var build = []struct {
 	{"mask paths", (*rootfs).maskedPaths, "last of the mounts: nothing may lie over a mask"},
 	{"make the root read-only", (*rootfs).readonlyRoot, "after the last file is made in it"},
 	{"enter the root", func(r *rootfs) error { return r.enter(r) }, "nothing of the old root is needed any more"},
+	{"go to the agent's own proc", (*rootfs).goHome, "stages are started from there: stageProgram; after the root, which changes the working directory"},
 	{"set the host name", (*rootfs).hostname, ""},
 	{"bring up loopback", (*rootfs).loopback, "a new network namespace has it down"},
 }
@@ -213,6 +216,9 @@ func (r *rootfs) keep() error {
 	if err := checkNode(r.result.null, nullNode); err != nil {
 		return err
 	}
+	if r.home, err = newMount("proc", "proc", mountOptions{attrs: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC}); err != nil {
+		return err
+	}
 	r.result.pts, err = openIn(r.dir, "/dev/pts", unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_NO_SYMLINKS)
 	if isMissing(err) {
 		return nil // no terminals then
@@ -240,6 +246,13 @@ func (r *rootfs) readonlyRoot() error {
 		return nil
 	}
 	return setMountAttrs(r.dir, false, unix.MOUNT_ATTR_RDONLY)
+}
+
+func (r *rootfs) goHome() error {
+	if err := unix.Fchdir(int(r.home.Fd())); err != nil {
+		return err
+	}
+	return r.home.Close() // the working directory keeps it
 }
 
 func (r *rootfs) hostname() error { return setHostname(r.config.Hostname) }

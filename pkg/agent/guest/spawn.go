@@ -20,11 +20,15 @@ const maxStatusBytes = 16 << 10
 // stages forks stages: the one way a process of the workload comes into being behind a real wall.
 type stages struct {
 	children *children
-	// Of an empty environment nothing can leak; a stage needs none.
-	program string
+	// Where stages start, set before the first; nil for the agent's own.
+	cgroup *os.File
 }
 
-func newStages(c *children) *stages { return &stages{c, "/proc/self/exe"} }
+// stageProgram is the agent's own program, found from its working directory: a procfs of its own (rootfs.goHome), which no
+// name leads to. What the workload makes of /proc, where it may mount, decides nothing.
+const stageProgram = "self/exe"
+
+func newStages(c *children) *stages { return &stages{children: c} }
 
 // spawn starts a stage with stdio as its descriptors 0 to 2 and waits until it has become the workload. ended is called
 // when the process has ended, also after a failure.
@@ -83,8 +87,12 @@ func (s *stages) fork(orders *stageSpec, stdio [3]*os.File, ended func(unix.Wait
 	}
 	defer theirs.Close()
 	files := []uintptr{stdio[0].Fd(), stdio[1].Fd(), stdio[2].Fd(), stageSpecFD: memory.Fd(), stageStatusFD: theirs.Fd()}
+	attr := &syscall.ProcAttr{Files: files} // of an empty environment nothing can leak; a stage needs none
+	if s.cgroup != nil {
+		attr.Sys = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(s.cgroup.Fd())}
+	}
 	pid, err := s.children.start(func() (int, error) {
-		return syscall.ForkExec(s.program, []string{StageName}, &syscall.ProcAttr{Files: files})
+		return syscall.ForkExec(stageProgram, []string{StageName}, attr)
 	}, ended)
 	if err != nil {
 		status.Close()

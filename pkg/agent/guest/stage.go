@@ -43,13 +43,18 @@ type stageSpec struct {
 // only: no descriptor of Go's own is open while it confines itself.
 func RunStage() {
 	debug.SetGCPercent(-1) // it lives for milliseconds
-	status := stageStatusFD
+	status, code := stageStatusFD, stageFailedCode
 	fail := func(f *stageFailure) {
 		// If this can't be written the agent sees a stage that died, which is a failure too.
 		if b, err := json.Marshal(f); err == nil {
 			_, _ = unix.Write(status, b)
 		}
-		unix.Exit(stageFailedCode)
+		unix.Exit(code)
+	}
+	// Before anything is given up: a process of the workload may trace one that has no more than itself, if that is dumpable,
+	// as a guest's agent is whose program anybody may read. execve resets it.
+	if err := undumpable(); err != nil {
+		fail(&stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, err.Error()})
 	}
 	spec, err := readStageSpec()
 	if err != nil {
@@ -61,6 +66,7 @@ func RunStage() {
 	if spec.Copy != nil {
 		debug.SetGCPercent(100) // a copy may be long
 		if err := spec.Copy.run(os.NewFile(0, "in"), os.NewFile(1, "out")); err != nil {
+			code = copyExitCode(spec.Copy, err)
 			fail(&stageFailure{Message: err.Error()})
 		}
 		unix.Exit(0)
@@ -68,7 +74,7 @@ func RunStage() {
 	fail(spec.Process.become(status))
 }
 
-// stageFailedCode is what a failed stage exits with. Nobody looks at it: the pipe says why.
+// stageFailedCode is what a failed stage exits with. Nobody looks at it, but a copy's at copyMissingCode: the pipe says why.
 const stageFailedCode = 1
 
 func readStageSpec() (*stageSpec, error) {

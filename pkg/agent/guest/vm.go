@@ -23,7 +23,7 @@ var initramfsMounts = []struct {
 	attrs          uint64
 	reason         string
 }{
-	{"proc", "/proc", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, "/proc/self/exe starts stages"},
+	{"proc", "/proc", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, "a container's own can only be mounted where one is"},
 	{"sysfs", "/sys", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, "says which disk is which"},
 	{"devtmpfs", "/dev", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC, "the kernel puts the disks' nodes there"},
 }
@@ -141,6 +141,10 @@ func (w *vmWall) enter(config *specs.Spec) (*root, error) {
 		if parseMountOptions(m.Options).bind {
 			return nil, fmt.Errorf("cannot mount %s: a guest sees no directory of the host", m.Destination)
 		}
+	}
+	var err error
+	if w.cgroup, err = workloadCgroup(config); err != nil {
+		return nil, err
 	}
 	dir, err := w.mountRoot()
 	if err != nil {
