@@ -1,12 +1,18 @@
 package agent_test
 
 import (
+	"archive/tar"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // TestSignalsToTheAgent: root of the sandbox can't end PID 1 with any signal.
@@ -36,5 +42,56 @@ func TestMountedProc(t *testing.T) {
 	// With the shell's own commands only: busybox starts the rest through /proc/self/exe.
 	if got := s.sh("read line </proc/self/exe; echo \"$line\"; [ ! -e /tmp/hijacked ] || echo hijacked"); got != "#!/bin/sh" {
 		t.Errorf("the workload's own view: %q", got)
+	}
+}
+
+// TestStageIsUndumpable: also where anybody may read its program, as in a guest, nobody may trace a stage.
+func TestStageIsUndumpable(t *testing.T) {
+	if err := os.Chmod(filepath.Dir(agentProgram), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	orders, err := os.Create(filepath.Join(t.TempDir(), "orders"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer orders.Close()
+	if _, err := orders.WriteString(`{"copy":{"in":true,"path":"/"}}`); err != nil {
+		t.Fatal(err)
+	}
+	status, theirs, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer status.Close()
+	defer theirs.Close()
+	const nobody = 65534
+	stage := exec.CommandContext(t.Context(), agentProgram)
+	stage.Args = []string{"sandbox-stage"}
+	stage.ExtraFiles = []*os.File{orders, theirs}
+	stage.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, Pdeathsig: unix.SIGKILL}
+	in, err := stage.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stage.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = stage.Process.Kill()
+		_ = stage.Wait()
+	}()
+	// A header of half a MiB, and only the first half of it, which no pipe holds: once it is written the stage is at work,
+	// and it goes on waiting for the rest.
+	const size = 1 << 19
+	stream := tarOf(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{"TEST.long": strings.Repeat("x", size)}})
+	if _, err := in.Write(stream.Bytes()[:size/2]); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+strconv.Itoa(stage.Process.Pid)+"/mem", &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Uid != 0 { // proc_pid(5): what shows a process that is not dumpable is root's
+		t.Errorf("the stage is dumpable: its memory belongs to %d", st.Uid)
 	}
 }
