@@ -51,7 +51,7 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 	}
 	flags.register(cmd.Flags())
 	boolFlag(cmd.Flags(), &detach, "detach", "d", "print the id and leave it running")
-	cmd.Flags().BoolVar(&remove, "rm", false, "delete the workload when it has ended, or when this program is interrupted")
+	cmd.Flags().BoolVar(&remove, "rm", false, "delete the workload when it has ended, or when this program is interrupted; not with -d")
 	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
@@ -95,8 +95,13 @@ func (a *app) runForeground(ctx context.Context, c *client.Client, request *sand
 		},
 	})
 	s.terminal.restore()
-	if err = errors.Join(err, rawErr); err != nil {
+	err = errors.Join(err, rawErr)
+	if exit == nil {
 		return orSignal(s.ctx, err)
+	}
+	// What went wrong beside it does not change how the process ended.
+	if err != nil {
+		fmt.Fprintln(a.stderr, errorText(err))
 	}
 	return processExit(exit.GetCode())
 }

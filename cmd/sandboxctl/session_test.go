@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/pkg/client"
@@ -31,6 +33,8 @@ type fakeDaemon struct {
 	signals chan string
 	exit    chan int32
 	deleted chan string
+	// What a removal answers.
+	deleteError error
 }
 
 func newFakeDaemon() *fakeDaemon {
@@ -55,7 +59,7 @@ func (f *fakeDaemon) KillWorkload(_ context.Context, r *sandboxdv1.KillWorkloadR
 
 func (f *fakeDaemon) DeleteWorkload(_ context.Context, r *sandboxdv1.DeleteWorkloadRequest) (*sandboxdv1.DeleteWorkloadResponse, error) {
 	f.deleted <- r.GetId()
-	return &sandboxdv1.DeleteWorkloadResponse{}, nil
+	return &sandboxdv1.DeleteWorkloadResponse{}, f.deleteError
 }
 
 func (f *fakeDaemon) Attach(s grpc.BidiStreamingServer[sandboxdv1.AttachRequest, sandboxdv1.AttachResponse]) error {
@@ -129,6 +133,18 @@ func TestRunExitsAndRemoves(t *testing.T) {
 	}
 	if got := soon(t, f.deleted, "the removal"); got != "theid" {
 		t.Errorf("%q was removed", got)
+	}
+}
+
+// Whoever runs a command wants to know how it ended, also when something is left behind.
+func TestRunTellsTheCodeWhenRemovalFails(t *testing.T) {
+	f := newFakeDaemon()
+	f.deleteError = status.Error(codes.Internal, "a mount is busy")
+	code, _, stderr := f.start(t, "run", "--rm", "image", "command")
+	soon(t, f.running, "the start")
+	f.exit <- 7
+	if got := soon(t, code, "the end"); got != 7 || !strings.Contains(stderr.String(), "a mount is busy") {
+		t.Errorf("exit code %d and error output %q, want 7 and why the removal failed", got, stderr)
 	}
 }
 

@@ -21,7 +21,8 @@ type RunOptions struct {
 }
 
 // Run creates a workload, attaches, starts it and waits for its end. No output is missed. Spec.Process.Stdin is set if
-// there is a Stdin. When ctx is done Run returns; the workload goes on, unless Remove is set.
+// there is a Stdin. When ctx is done Run returns; the workload goes on, unless Remove is set. Once the process has ended its
+// exit is answered even with an error: that of the removal.
 func (c *Client) Run(ctx context.Context, request *sandboxdv1.CreateWorkloadRequest, o RunOptions) (exit *sandboxdv1.ProcessExit, err error) {
 	if o.Stdin != nil {
 		if request.GetSpec().GetProcess() == nil {
