@@ -37,10 +37,21 @@ func checkDir(path string) error {
 		return fmt.Errorf("cannot use directory %s: %w", path, err)
 	}
 	if st.Uid != 0 || st.Mode&0o022 != 0 {
-		return fmt.Errorf("cannot use directory %s: it belongs to user %d with mode %04o, and only root may be able to write to it: run chown root %s && chmod go-w %s",
-			path, st.Uid, st.Mode&0o7777, path, path)
+		return &othersWriteError{path: path, uid: st.Uid, mode: st.Mode & 0o7777}
 	}
 	return nil
+}
+
+// othersWriteError is about a directory that others than root can write to.
+type othersWriteError struct {
+	path string
+	uid  uint32
+	mode uint32
+}
+
+func (e *othersWriteError) Error() string {
+	return fmt.Sprintf("cannot use directory %s: it belongs to user %d with mode %04o, and only root may be able to write to it: run chown root %s && chmod go-w %s",
+		e.path, e.uid, e.mode, e.path, e.path)
 }
 
 // lockDir makes sure that this is the only daemon to use a directory, for as long as the file it returns is open. The

@@ -36,7 +36,13 @@ func listen(path, group string) (net.Listener, string, error) {
 		return nil, "", err
 	}
 	dir := filepath.Dir(path)
-	if err := makeDir(dir); err != nil {
+	err = makeDir(dir)
+	var open *othersWriteError
+	if errors.As(err, &open) {
+		// A sticky directory such as /tmp will not do either: whoever is there first takes the name, and clients talk to them.
+		return nil, "", fmt.Errorf("cannot listen on %s: others than root can write to %s and could put a socket of theirs there: choose a --listen in a directory of its own, such as unix:///run/sandboxd/sandboxd.sock", path, dir)
+	}
+	if err != nil {
 		return nil, "", err
 	}
 	if err := admitGroup(dir, gid); err != nil {

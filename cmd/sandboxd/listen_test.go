@@ -259,3 +259,23 @@ func TestLock(t *testing.T) {
 	}
 	again.Close()
 }
+
+// A shared directory is not to be made root's own for a socket's sake.
+func TestListenInSharedDirectory(t *testing.T) {
+	needRoot(t)
+	dir := filepath.Join(t.TempDir(), "shared")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o777|fs.ModeSticky)); err != nil {
+		t.Fatal(err)
+	}
+	l, _, err := listen(filepath.Join(dir, "s"), "")
+	if err == nil {
+		l.Close()
+		t.Fatal("it listens where others can put a socket")
+	}
+	if strings.Contains(err.Error(), "chmod") || !strings.Contains(err.Error(), "choose a --listen") {
+		t.Errorf("it said: %v", err)
+	}
+	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o777 {
+		t.Errorf("the directory is now %v, %v", info, err)
+	}
+}
