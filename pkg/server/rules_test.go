@@ -117,7 +117,7 @@ func lastOf(path string) string { return path[strings.LastIndex(path, ".")+1:] }
 
 // What a policy is asked is held to the same rules as what is created.
 func TestExplainTakesWhatCreateTakes(t *testing.T) {
-	asked := make(chan workload.CreateOptions, 1)
+	asked := make(chan workload.CreateOptions, 4)
 	h := serve(t, Config{Workloads: &fakeWorkloads{explain: func(_ context.Context, o workload.CreateOptions) (policy.Decision, error) {
 		asked <- o
 		return policy.Decision{}, nil
