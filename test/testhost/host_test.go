@@ -46,7 +46,7 @@ func TestHost(t *testing.T) {
 		}
 	})
 	t.Run("microVMs under KVM with the kernel's vsock", func(t *testing.T) {
-		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM", "TestAVMOutlivesItsDaemon")
+		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM")
 	})
 	t.Run("cgroups of version 2", func(t *testing.T) {
 		h.tests(t, "./pkg/cgroup", "TestProcessIsInEveryHierarchyFromItsFirstInstruction", "TestMemoryLimitBites",
