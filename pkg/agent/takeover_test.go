@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"archive/tar"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -69,6 +70,8 @@ func TestStageIsUndumpable(t *testing.T) {
 	stage.Args = []string{"sandbox-stage"}
 	stage.ExtraFiles = []*os.File{orders, theirs}
 	stage.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, Pdeathsig: unix.SIGKILL}
+	var stderr strings.Builder
+	stage.Stderr = &stderr
 	in, err := stage.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +88,9 @@ func TestStageIsUndumpable(t *testing.T) {
 	const size = 1 << 19
 	stream := tarOf(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{"TEST.long": strings.Repeat("x", size)}})
 	if _, err := in.Write(stream.Bytes()[:size/2]); err != nil {
-		t.Fatal(err)
+		theirs.Close()
+		said, _ := io.ReadAll(status)
+		t.Fatalf("%v; the stage says %q and ended by %v: %s", err, said, stage.Wait(), &stderr)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/"+strconv.Itoa(stage.Process.Pid)+"/mem", &st); err != nil {

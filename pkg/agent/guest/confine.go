@@ -32,8 +32,8 @@ type confined struct {
 }
 
 // confinement is what happens between the agent's fork and the workload's first instruction, in this order, on the stage's
-// only working thread. Every step is fatal: the workload runs confined as asked or not at all. Inherited descriptors were
-// closed before (closeOthers), and user namespaces, cgroups and the root belong to the sandbox, not to the process.
+// only working thread. Every step is fatal: the workload runs confined as asked or not at all. Inherited descriptors
+// were marked before, for execve to close (closeOthers), and user namespaces, cgroups and the root belong to the sandbox, not to the process.
 var confinement = []struct {
 	name   string
 	reason agentv1.ExecFailure_Reason

@@ -125,3 +125,5 @@ func (w *plainWall) signalAll(sig syscall.Signal) error {
 }
 
 func (w *plainWall) gone() bool { return w.children.running() == 0 }
+
+func (*plainWall) sync() {}

@@ -23,7 +23,7 @@ func (s *Service) Shutdown(ctx context.Context, r *agentv1.ShutdownRequest) (*ag
 	}
 	// What does not go in killWait goes with PID 1.
 	s.endAll(ctx, unix.SIGKILL, killWait)
-	unix.Sync()
+	s.wall.sync()
 	s.overOnce.Do(func() { close(s.over) })
 	return &agentv1.ShutdownResponse{}, nil
 }

@@ -40,7 +40,7 @@ type stageSpec struct {
 // RunStage is the whole life of a stage. It never returns.
 //
 // It runs as the sandbox's root with the agent's capabilities, on the program's main thread, and uses raw system calls
-// only: no descriptor of Go's own is open while it confines itself.
+// only.
 func RunStage() {
 	debug.SetGCPercent(-1) // it lives for milliseconds
 	status, code := stageStatusFD, stageFailedCode
@@ -96,14 +96,15 @@ func readStageSpec() (*stageSpec, error) {
 	return spec, nil
 }
 
-// closeOthers closes every descriptor but 0 to 2 and keep, which becomes 3 and close-on-exec.
+// closeOthers has execve close every descriptor but 0 to 2; keep becomes 3. Not at once: Go's runtime may have some of its
+// own by now (its poller, when a timer was set), and ends the program when it finds them closed.
 func closeOthers(keep int) (int, error) {
 	const to = 3
 	if err := unix.Dup3(keep, to, unix.O_CLOEXEC); err != nil {
 		return keep, fmt.Errorf("cannot move the status pipe: %w", err)
 	}
-	if err := unix.CloseRange(to+1, ^uint(0)>>32, 0); err != nil {
-		return to, fmt.Errorf("cannot close inherited descriptors: %w", err)
+	if err := unix.CloseRange(to+1, ^uint(0)>>32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return to, fmt.Errorf("cannot have inherited descriptors closed: %w", err)
 	}
 	return to, nil
 }

@@ -25,6 +25,9 @@ type wall interface {
 	signal(p *process, sig syscall.Signal) error
 	// signalAll sends a signal to every process of the sandbox but the agent.
 	signalAll(sig syscall.Signal) error
+	// sync writes back what the sandbox's own kernel still holds. Where the kernel is the host's, sync(2) would be everybody's
+	// business, and unmounting the layer does it.
+	sync()
 	// gone reports whether no process but the agent is left.
 	gone() bool
 }
