@@ -1,11 +1,15 @@
 package runtimetest
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // leftovers lists whatever on the host bears a sandbox's id: files below dir, cgroups, mounts, loop devices, and
@@ -35,6 +39,9 @@ func leftovers(dir, id string) []string {
 		if process == fmt.Sprintf("/proc/%d", os.Getpid()) {
 			continue
 		}
+		if isOrphanOfOurs(process) {
+			continue
+		}
 		for _, file := range []string{"cmdline", "cgroup"} {
 			if content, err := os.ReadFile(filepath.Join(process, file)); err == nil && strings.Contains(string(content), id) {
 				add("process", process+": "+file)
@@ -48,6 +55,26 @@ func leftovers(dir, id string) []string {
 		}
 	}
 	return found
+}
+
+// isOrphanOfOurs reaps an ended process that came to this one, a test's subreaper, when its parent, a daemon's spawner,
+// had ended. On a host it comes to init, which reaps it.
+func isOrphanOfOurs(process string) bool {
+	stat, err := os.ReadFile(filepath.Join(process, "stat"))
+	if err != nil {
+		return false
+	}
+	// After the name, which may hold anything.
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	if len(fields) < 2 || fields[0] != "Z" || fields[1] != strconv.Itoa(os.Getpid()) {
+		return false
+	}
+	pid, err := strconv.Atoi(filepath.Base(process))
+	if err != nil {
+		return false
+	}
+	got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
+	return err == nil && got == pid || errors.Is(err, unix.ECHILD)
 }
 
 // walkNamed calls found for each file below dir whose name contains id, and not for what lies below such a one.
