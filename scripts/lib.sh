@@ -72,3 +72,13 @@ stamp() {
 	printf '%s' "$2" >"$CACHE/stamp/$1.new"
 	mv "$CACHE/stamp/$1.new" "$CACHE/stamp/$1"
 }
+
+# debian_mirror SUITE: where this machine's apt gets that suite of Debian, or DEBIAN_MIRROR.
+debian_mirror() {
+	local mirror=${DEBIAN_MIRROR:-}
+	# shellcheck disable=SC2016  # apt's own variables
+	[[ -n $mirror ]] || mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(SITE)' 'Identifier: Packages' |
+		sed -n "s/^$1 main //p" | head -n 1)
+	[[ -n $mirror ]] || fail "cannot find a mirror of Debian $1: add it to apt's sources and run apt-get update, or set DEBIAN_MIRROR to its address"
+	echo "$mirror"
+}

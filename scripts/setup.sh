@@ -15,6 +15,7 @@ PACKAGES=(
 	mmdebstrap      # makes the Debian test image
 	erofs-utils     # fsck.erofs, a second opinion on the images we write
 	e2fsprogs       # mkfs.ext4 for writable layers
+	xz-utils        # tests compress with it
 )
 LINT_PACKAGES=(
 	shellcheck # for scripts/
@@ -24,7 +25,6 @@ LINT_PACKAGES=(
 BENCH_PACKAGES=(crun runc podman bubblewrap)
 
 DEBIAN_SUITE=bookworm
-DEBIAN_MIRROR=${DEBIAN_MIRROR:?set it to the address of a mirror of Debian}
 # The Python that the demo's program runs on.
 DEBIAN_PACKAGES=python3-minimal
 # Every file of the images is dated so: the same packages make the same image.
@@ -96,7 +96,7 @@ get_kernel() {
 download_kernel() {
 	local work package
 	package=$(apt-cache depends --important linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
-	[[ -n $package ]] || fail "cannot find linux-image-cloud-amd64 in the package lists: is $DEBIAN_MIRROR among apt's sources?"
+	[[ -n $package ]] || fail "cannot find linux-image-cloud-amd64 in the package lists: is Debian $DEBIAN_SUITE main among apt's sources?"
 	work=$(mktemp -d "$CACHE/kernel.XXXXXX")
 	(cd "$work" && retry "$TRIES" "$APT_DOWNLOAD_SECONDS" apt-get "${APT_OPTIONS[@]}" download "$package") || {
 		rm -rf "$work"
@@ -153,12 +153,14 @@ get_debian() {
 	key=$(declare -f make_debian | sha256sum | cut -c1-16)-$IMAGE_EPOCH-$DEBIAN_SUITE-$DEBIAN_PACKAGES
 	[[ -f $CACHE/images/debian.tar ]] && stamped debian "$key" && return
 	need_root "make the Debian image"
+	apt_update # so that apt knows its mirror
 	step "make Debian image (about a minute)" make_debian
 	stamp debian "$key"
 }
 
 make_debian() {
-	local work proxy options=()
+	local work proxy mirror options=()
+	mirror=$(debian_mirror "$DEBIAN_SUITE")
 	mkdir -p "$CACHE/images"
 	work=$(mktemp -d "$CACHE/images/debian.XXXXXX")
 	# mmdebstrap has its own apt, which must take the same way out as the host's.
@@ -171,7 +173,7 @@ make_debian() {
 		--dpkgopt='path-exclude=/usr/share/man/*' \
 		--dpkgopt='path-exclude=/usr/share/info/*' \
 		--dpkgopt='path-exclude=/usr/share/locale/*' \
-		"$DEBIAN_SUITE" "$work/debian.tar" "$DEBIAN_MIRROR" || {
+		"$DEBIAN_SUITE" "$work/debian.tar" "$mirror" || {
 		rm -rf "$work"
 		return 1
 	}

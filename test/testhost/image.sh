@@ -30,7 +30,6 @@ MASKED=(
 	systemd-logind.service systemd-user-sessions.service
 )
 DEBIAN_SUITE=bookworm
-DEBIAN_MIRROR=${DEBIAN_MIRROR:?set it to the address of a mirror of Debian}
 # Of the file system: the packages take 0.5 GiB, tests write the rest. Sparse.
 SIZE=4G
 # Another make in the same tree may be making it: that long we wait. A mirror is asked three times.
@@ -60,7 +59,8 @@ main() {
 }
 
 make_image() {
-	local image=$1 work proxy include options=()
+	local image=$1 work proxy mirror include options=()
+	mirror=$(debian_mirror "$DEBIAN_SUITE")
 	work=$(mktemp -d "$DIR/new.XXXXXX")
 	# shellcheck disable=SC2064  # this $work
 	trap "rm -rf --one-file-system '$work'" EXIT
@@ -75,7 +75,7 @@ make_image() {
 		--dpkgopt='path-exclude=/usr/share/man/*' \
 		--dpkgopt='path-exclude=/usr/share/info/*' \
 		--dpkgopt='path-exclude=/usr/share/locale/*' \
-		"$DEBIAN_SUITE" "$work/root.tar" "$DEBIAN_MIRROR"
+		"$DEBIAN_SUITE" "$work/root.tar" "$mirror"
 	mkdir "$work/root"
 	tar -C "$work/root" --numeric-owner -xf "$work/root.tar"
 	rm "$work/root.tar"
