@@ -180,6 +180,9 @@ func (d *daemon) newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runt
 	}
 	d.onClose(func() error { return leaveNoEmptyCgroup(c.cgroup) })
 	disks := disk.NewMaker(filepath.Join(c.stateDir, "disk-templates"))
+	if err := disks.RemoveUnfinished(); err != nil {
+		return nil, err
+	}
 	containers, err := container.New(container.Config{
 		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
 		Logger: log.Named("container"), Disk: disks, IDs: ids,

@@ -36,6 +36,8 @@ const (
 	fsckTimeout = 10 * time.Minute
 	// templatePrefix carries a version: change it with mkfsArgs, so that no older template is used.
 	templatePrefix = "ext4-1-"
+	// unfinishedPrefix begins the names of directories in which a template is being made.
+	unfinishedPrefix = "tmp-"
 )
 
 // mkfsArgs say what every layer looks like, whatever /etc/mke2fs.conf of the host says.
@@ -63,6 +65,20 @@ type Maker struct {
 // NewMaker keeps its templates in cacheDir, which is made when first needed.
 func NewMaker(cacheDir string) *Maker {
 	return &Maker{cacheDir: cacheDir}
+}
+
+// RemoveUnfinished deletes what a process that died while it made a template left. Only for who has the cache to itself.
+func (m *Maker) RemoveUnfinished() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	left, err := filepath.Glob(filepath.Join(m.cacheDir, unfinishedPrefix+"*"))
+	for _, dir := range left {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	if err != nil {
+		return fmt.Errorf("cannot remove half-made templates of writable layers: %w", err)
+	}
+	return nil
 }
 
 // Create makes a layer of size bytes at path, which must not exist: an ext4 file system with the root-owned directories
@@ -118,7 +134,7 @@ func (m *Maker) template(size uint64) (*os.File, error) {
 
 // formatLocked makes a template under a temporary name, so that name never is half a file system.
 func (m *Maker) formatLocked(name string, size uint64) error {
-	dir, err := os.MkdirTemp(m.cacheDir, "tmp-")
+	dir, err := os.MkdirTemp(m.cacheDir, unfinishedPrefix)
 	if err != nil {
 		return err
 	}

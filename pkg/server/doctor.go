@@ -92,11 +92,7 @@ func (s *Server) checkPolicy() runtime.Check {
 // checkDir makes and removes a file, the only proof that holds for read-only mounts and quotas too, and looks whether
 // others have permissions they must not have.
 func checkDir(name, path string, forbidden fs.FileMode) runtime.Check {
-	f, err := os.CreateTemp(path, ".doctor-*")
-	if err != nil {
-		return failed(name, err, "make "+path+" writable for root")
-	}
-	if err := errors.Join(f.Close(), os.Remove(f.Name())); err != nil {
+	if err := makeFile(path); err != nil {
 		return failed(name, err, "make "+path+" writable for root")
 	}
 	info, err := os.Stat(path)
@@ -108,6 +104,23 @@ func checkDir(name, path string, forbidden fs.FileMode) runtime.Check {
 			Advice: fmt.Sprintf("run chmod %04o %s", info.Mode().Perm()&^forbidden, path)}
 	}
 	return ok(name, path+" is writable")
+}
+
+// makeFile makes a file in dir that has no name, so that it is gone however this ends. Where the file system knows no such
+// files (overlayfs before 6.3) it has one for an instant.
+func makeFile(dir string) error {
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		return unix.Close(fd)
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
+		return fmt.Errorf("cannot make a file in %s: %w", dir, err)
+	}
+	f, err := os.CreateTemp(dir, ".doctor-*")
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
 
 func checkSpace(name, path string) runtime.Check {

@@ -1,7 +1,11 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -101,6 +105,27 @@ func TestKilledWhileBusy(t *testing.T) {
 			for _, id := range strings.Fields(d.call(t, "ps", "-a", "-q").stdout) {
 				d.call(t, "rm", "-f", id)
 			}
+		}
+	}
+}
+
+// A daemon that is killed while it writes what it keeps (kernels, templates, images) leaves halves of them, which the next
+// one removes before anything else.
+func TestHalfWrittenFilesGo(t *testing.T) {
+	d := ownDaemon(t)
+	must(t, d.kill())
+	halves := []string{
+		"microvm/.new-1", "microvm/kernel/0123/.new-2", "microvm/initramfs/.new-3", "disk-templates/tmp-4/raw", "images/tmp/erofs-5",
+	}
+	for _, half := range halves {
+		path := filepath.Join(d.stateDir, half)
+		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		must(t, os.WriteFile(path, []byte("half"), 0o600))
+	}
+	d.mustStart(t)
+	for _, half := range halves {
+		if _, err := os.Lstat(filepath.Join(d.stateDir, half)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there: %v", half, err)
 		}
 	}
 }

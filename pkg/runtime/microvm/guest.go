@@ -208,6 +208,22 @@ func readFileBounded(path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
+// unfinishedPrefix begins the names of files that are being written.
+const unfinishedPrefix = ".new-"
+
+// removeUnfinished deletes the files below dir that a daemon was writing when it died. Nobody may be writing there.
+func removeUnfinished(dir string) error {
+	return filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && !e.IsDir() && strings.HasPrefix(e.Name(), unfinishedPrefix) {
+			err = os.Remove(path)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot remove what an earlier daemon left half written: %w", err)
+		}
+		return nil
+	})
+}
+
 // writeFileDurable is writeFileAtomic for what must be whole after a crash of the host, too.
 func writeFileDurable(path string, data []byte, perm fs.FileMode) error {
 	return writeFile(path, data, perm, (*os.File).Sync)
@@ -223,7 +239,7 @@ func writeFile(path string, data []byte, perm fs.FileMode, finish func(*os.File)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, ".new-*")
+	f, err := os.CreateTemp(dir, unfinishedPrefix+"*")
 	if err != nil {
 		return err
 	}

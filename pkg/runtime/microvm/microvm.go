@@ -99,6 +99,10 @@ func New(cfg Config) (*Runtime, error) {
 			return nil, err
 		}
 	}
+	// The state directory is one daemon's. What is in a run directory goes with its VM.
+	if err := removeUnfinished(filepath.Join(cfg.StateDir, "microvm")); err != nil {
+		return nil, err
+	}
 	r := &Runtime{cfg: cfg, tsc: sampleTSC(), instances: map[string]*instance{}}
 	r.hub, r.hubErr = newKernelHub(filepath.Join(cfg.StateDir, "microvm"), cfg.Logger)
 	return r, nil
