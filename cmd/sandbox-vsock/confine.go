@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -12,6 +13,8 @@ import (
 //	no_new_privs      nothing it could exec would have more rights; also what lets it set a filter
 //	not dumpable      no core of guest memory, no ptrace by its own user: QEMUs of other VMs may have that one
 //	no core           the same by limit
+//	Go's poller       made while its system calls are still allowed: the runtime makes it at its first timer, which may be
+//	                  the one by which it gives memory back, hours later, and ends the program if it can't
 //	seccomp           the system calls in the table of syscalls.go, on every thread
 func confine() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -23,6 +26,7 @@ func confine() error {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("cannot forbid core files: %w", err)
 	}
+	time.Sleep(time.Nanosecond) // makes the poller
 	return filter()
 }
 

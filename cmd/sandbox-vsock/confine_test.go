@@ -5,8 +5,11 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"runtime/debug"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -71,10 +74,36 @@ func inside() {
 	for range 4 {
 		fmt.Println(<-done)
 	}
-	runtime.GC() // threads, memory, preemption: what Go needs is there
+	useRuntime()
 	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
 	fmt.Println("dumpable:", dumpable, err) // itself denied by the filter
 	os.Exit(0)
+}
+
+// useRuntime has Go's runtime do what it does only now and then: a system call that it lacks ends the program.
+func useRuntime() {
+	// Goroutines that are preempted, and as many threads as block in system calls.
+	var threads sync.WaitGroup
+	for range 8 {
+		threads.Go(func() {
+			runtime.LockOSThread()
+			for end := time.Now().Add(20 * time.Millisecond); time.Now().Before(end); {
+			}
+			_ = unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
+		})
+	}
+	threads.Wait()
+	// A heap that grows, shrinks and is given back, by a timer of the runtime's own too.
+	for range 4 {
+		kept := make([][]byte, 0, 1024)
+		for range cap(kept) {
+			kept = append(kept, make([]byte, 64<<10))
+		}
+		runtime.KeepAlive(kept)
+		runtime.GC()
+		time.Sleep(20 * time.Millisecond)
+	}
+	debug.FreeOSMemory()
 }
 
 func TestConfine(t *testing.T) {
