@@ -19,7 +19,7 @@ type createFlags struct {
 	name, isolation, cpus, memory, disk          string
 	pids                                         uint32
 	env, envFiles, labels, mounts, tmpfs         []string
-	capAdd, capDrop, ulimits                     []string
+	capAdd, capDrop, ulimits, securityOpts       []string
 	user, workdir, hostname, network, stopSignal string
 	entrypoint                                   string
 	readOnly, interactive, tty                   bool
@@ -48,6 +48,7 @@ func (c *createFlags) register(f *pflag.FlagSet) {
 	f.StringSliceVar(&c.capAdd, "cap-add", nil, "capability beyond the default set; may be repeated")
 	f.StringSliceVar(&c.capDrop, "cap-drop", nil, "capability to take from it, or ALL; may be repeated")
 	f.StringArrayVar(&c.ulimits, "ulimit", nil, "TYPE=SOFT[:HARD], such as nofile=1024:2048; may be repeated")
+	f.StringArrayVar(&c.securityOpts, "security-opt", nil, "seccomp=FILE (a profile as docker reads it) or seccomp=unconfined, where the policy grants it")
 	f.StringVar(&c.entrypoint, "entrypoint", "", "program instead of the image's entrypoint; empty to have none")
 	f.StringVar(&c.stopSignal, "stop-signal", "", "what stop sends first, such as SIGTERM")
 	boolFlag(f, &c.interactive, "interactive", "i", "keep standard input open")
@@ -76,6 +77,9 @@ func (c *createFlags) request(image string, command []string) (*sandboxdv1.Creat
 		Image: image, Isolation: isolation, Process: process, Resources: resources,
 		Hostname: c.hostname, Network: c.network, ReadOnlyRoot: c.readOnly, StopSignal: c.stopSignal,
 		CapAdd: upper(c.capAdd), CapDrop: upper(c.capDrop),
+	}
+	if spec.Seccomp, err = parseSecurityOpts(c.securityOpts); err != nil {
+		return nil, err
 	}
 	for _, m := range c.mounts {
 		mount, err := parseMount(m)

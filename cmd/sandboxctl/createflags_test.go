@@ -155,3 +155,36 @@ func TestFilters(t *testing.T) {
 		}
 	}
 }
+
+func TestSecurityOpt(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	profile := write("profile.json", `{"defaultAction":"SCMP_ACT_ALLOW"}`)
+	for opt, want := range map[string]*sandboxdv1.Seccomp{
+		"seccomp=unconfined": {Unconfined: true},
+		"seccomp=" + profile: {Profile: `{"defaultAction":"SCMP_ACT_ALLOW"}`},
+	} {
+		got, err := parseCreate("--security-opt", opt, "debian")
+		if err != nil || !proto.Equal(got.GetSpec().GetSeccomp(), want) {
+			t.Errorf("%s: %v, %v", opt, got.GetSpec().GetSeccomp(), err)
+		}
+	}
+	for _, opts := range [][]string{
+		{"seccomp"}, {"seccomp="}, {"apparmor=x"}, {"no-new-privileges"}, {"seccomp=" + filepath.Join(dir, "missing")}, {"seccomp=" + write("empty", " \n")},
+		{"seccomp=" + write("large", strings.Repeat("x", maxSeccompProfile+1))}, {"seccomp=unconfined", "seccomp=" + profile},
+	} {
+		var args []string
+		for _, o := range opts {
+			args = append(args, "--security-opt", o)
+		}
+		if _, err := parseCreate(append(args, "debian")...); err == nil || !strings.Contains(err.Error(), "--security-opt") {
+			t.Errorf("%q: %v", opts, err)
+		}
+	}
+}

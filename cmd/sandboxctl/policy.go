@@ -133,7 +133,7 @@ func (a *app) policyCheck(path string) error {
 	}
 	answer := &sandboxdv1.GetPolicyResponse{Source: string(p.Source()), Digest: p.Digest(), Default: p.Default()}
 	for _, r := range p.Rules() {
-		answer.Rules = append(answer.Rules, &sandboxdv1.PolicyRule{Name: r.Name, When: r.When, Answer: r.Answer, Reason: r.Reason})
+		answer.Rules = append(answer.Rules, &sandboxdv1.PolicyRule{Name: r.Name, When: r.When, Answer: r.Answer, Reason: r.Reason, Seccomp: r.Seccomp})
 	}
 	if a.json() {
 		return a.printJSON(answer)

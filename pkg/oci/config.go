@@ -5,7 +5,6 @@ import (
 	"path"
 	"strings"
 
-	"github.com/moby/profiles/seccomp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -71,14 +70,9 @@ func Config(id string, w spec.Workload, img spec.ImageConfig, granted spec.Isola
 			ReadonlyPaths: pathsOf(readonlyPaths),
 		},
 	}
-	c.Linux.Seccomp, err = seccomp.GetDefaultProfile(c)
-	if err != nil {
-		return nil, spec.Errorf(spec.KindInternal, "cannot make the seccomp profile: %w", err)
+	if c.Linux.Seccomp, err = profileOf(w.Seccomp, c); err != nil {
+		return nil, err
 	}
-	// The profile also names the 32-bit ABIs. They would double the kernel's attack surface, and socketcall(2) would go
-	// round the profile's list of socket families; images for them are not what linux/amd64 pulls. CompileSeccomp kills
-	// a process that uses i386's and answers ENOSYS for x32's, as a kernel without x32 does.
-	c.Linux.Seccomp.Architectures = []specs.Arch{specs.ArchX86_64}
 	return c, nil
 }
 

@@ -3,6 +3,7 @@ package policy
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -28,6 +29,8 @@ type Rule struct {
 	Answer string
 	// Empty when the file gives none.
 	Reason string
+	// "any" when the rule grants the system call filter that a request brings, or none; empty for the default filter.
+	Seccomp string
 }
 
 type rule struct {
@@ -79,6 +82,10 @@ func (p *Policy) Decide(in Input) (Decision, error) {
 	d, err := p.answer(in, asked)
 	if err != nil {
 		return d, err
+	}
+	if kind, _ := seccompFacts(in.Request.Workload.Seccomp); kind != seccompDefault && !p.grantsAnySeccomp(d.Rule) {
+		return refuse(d, fmt.Sprintf("%s grants the default seccomp profile only, and %s was asked for; leave it out, or have the rule say \"seccomp: any\"",
+			p.answerer(d.Rule), kind))
 	}
 	granted := asked
 	if asked == spec.IsolationAuto {
@@ -176,6 +183,20 @@ func (h Host) cannot(granted, weakest spec.Isolation) string {
 		advice = "; the policy would allow container"
 	}
 	return sentence + advice
+}
+
+// grantsAnySeccomp reports whether the rule of that name grants another system call filter than the default one. What answers
+// when no rule matches never does.
+func (p *Policy) grantsAnySeccomp(name string) bool {
+	return slices.ContainsFunc(p.rules, func(r rule) bool { return r.Name == name && r.Seccomp == seccompAny })
+}
+
+// answerer is who gave an answer, at the beginning of a sentence.
+func (p *Policy) answerer(rule string) string {
+	if p.none {
+		return "a daemon without a policy"
+	}
+	return "the policy's " + called(rule)
 }
 
 // called is how a sentence names a rule.

@@ -211,6 +211,7 @@ func TestFacts(t *testing.T) {
 		`request.workingDir == "/t" && request.hostname == "hh" && request.terminal && request.readOnlyRoot`,
 		`request.capAdd == ["CAP_NET_ADMIN"] && request.capDrop == ["CAP_KILL"]`,
 		`request.network == "none"`,
+		`request.seccomp == "default" && request.seccompDigest == ""`,
 		`request.mounts.size() == 2 && request.mounts[0].type == "bind" && request.mounts[0].readOnly && request.mounts[0].target == "/data/x"`,
 		`request.mounts.exists(m, m.type == "bind" && (m.source == "/etc" || m.source.startsWith("/etc/")))`,
 		`request.mounts[1].source == "" && !request.mounts[1].readOnly`,

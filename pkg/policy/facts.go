@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"math"
 	"path"
 	"slices"
@@ -35,6 +37,10 @@ type requestFacts struct {
 	ReadOnlyRoot bool          `cel:"readOnlyRoot"`
 	Terminal     bool          `cel:"terminal"`
 	Resources    resourceFacts `cel:"resources"`
+	// "default", "custom" or "unconfined".
+	Seccomp string `cel:"seccomp"`
+	// "sha256:…" of a custom profile as it was sent, else empty.
+	SeccompDigest string `cel:"seccompDigest"`
 }
 
 type mountFacts struct {
@@ -106,6 +112,7 @@ func factsOf(in Input) (map[string]any, error) {
 			Pids: int64(w.Resources.Pids), DiskBytes: integer(w.Resources.DiskBytes),
 		},
 	}
+	request.Seccomp, request.SeccompDigest = seccompFacts(w.Seccomp)
 	if request.Network == "" {
 		request.Network = "none"
 	}
@@ -129,6 +136,28 @@ func factsOf(in Input) (map[string]any, error) {
 		"caller": caller,
 		"host":   hostFacts{in.Host.Hostname, in.Host.ContainerAvailable, in.Host.VMAvailable, in.Host.VMAccelerator},
 	}, nil
+}
+
+const (
+	seccompDefault    = "default"
+	seccompCustom     = "custom"
+	seccompUnconfined = "unconfined"
+)
+
+// seccompFacts names the filter asked for; a request that asks for both a profile and none is taken for the latter.
+func seccompFacts(s spec.Seccomp) (kind, digest string) {
+	if s.Profile != "" {
+		sum := sha256.Sum256([]byte(s.Profile))
+		kind, digest = seccompCustom, "sha256:"+hex.EncodeToString(sum[:])
+	}
+	switch {
+	case s.Unconfined:
+		return seccompUnconfined, digest
+	case kind == "":
+		return seccompDefault, ""
+	default:
+		return kind, digest
+	}
 }
 
 // capabilities writes ALL out, so that a rule about one capability also sees a request for all of them.

@@ -40,6 +40,9 @@ const (
 	answerDeny      = "deny"
 )
 
+// What a rule says of system call filters; nothing said is seccompDefault.
+const seccompAny = "any"
+
 // Names that stand in a Decision for no rule.
 const (
 	RuleDefault  = "default"
@@ -261,7 +264,7 @@ func (l *loader) rules(n *yaml.Node) []rule {
 
 func (l *loader) rule(env *environment, n *yaml.Node, what string) rule {
 	var r rule
-	fields := l.mapping(n, what, "name", "when", "isolation", "deny", "reason")
+	fields := l.mapping(n, what, "name", "when", "isolation", "deny", "seccomp", "reason")
 	if n.Kind != yaml.MappingNode {
 		return r
 	}
@@ -277,6 +280,14 @@ func (l *loader) rule(env *environment, n *yaml.Node, what string) rule {
 		r.Reason = l.text(f, "reason", maxReasonRunes)
 	}
 	r.Answer = l.answer(n, what, fields["isolation"], fields["deny"])
+	if f := fields["seccomp"]; f != nil {
+		if r.Answer == answerDeny {
+			l.failAt(f, "%s denies, and so grants no seccomp profile", what)
+		}
+		if l.choice(f, "seccomp", seccompDefault, seccompAny) == seccompAny {
+			r.Seccomp = seccompAny
+		}
+	}
 	switch f := fields["when"]; {
 	case f == nil:
 		l.failAt(n, "%s has no condition: give \"when\" (\"when: true\" matches always)", what)

@@ -34,11 +34,12 @@ rules:
   - name: rest
     when: true
     isolation: vm
+    seccomp: any
 `)
 	want := []Rule{
-		{"trusted", `has(request.labels.trust) && request.labels.trust == "high"`, "container", "Our own code, reviewed."},
-		{"no root helpers", `"CAP_SYS_ADMIN" in request.capAdd`, "deny", ""},
-		{"rest", "true", "vm", ""},
+		{"trusted", `has(request.labels.trust) && request.labels.trust == "high"`, "container", "Our own code, reviewed.", ""},
+		{"no root helpers", `"CAP_SYS_ADMIN" in request.capAdd`, "deny", "", ""},
+		{"rest", "true", "vm", "", "any"},
 	}
 	if got := p.Rules(); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("rules %q, want %q", got, want)
@@ -82,7 +83,7 @@ func TestLoadMistakes(t *testing.T) {
 		"default empty":     {"version: 1\ndefault:\n", []string{`default must be one of`}},
 		"rules no list":     {"version: 1\nrules: {}\n", []string{`p:2:8: rules must be a list`}},
 		"rule no mapping":   {"version: 1\nrules:\n  - vm\n", []string{"p:3:5: rule 1 must be a mapping"}},
-		"unknown rule key":  {answered("when: true", "if: true"), []string{`p:5:5: unknown field "if" in rule 1; it has name, when, isolation, deny, reason`}},
+		"unknown rule key":  {answered("when: true", "if: true"), []string{`p:5:5: unknown field "if" in rule 1; it has name, when, isolation, deny, seccomp, reason`}},
 		"merge key":         {answered("when: true", "<<: {reason: x}"), []string{`p:5:5: unknown field "<<"`}},
 		"alias":             {"version: 1\ndefault: &a vm\nrules: *a\n", []string{"p:3:8: field \"rules\": aliases are not understood"}},
 		"no name":           {"version: 1\nrules:\n  - when: true\n    isolation: vm\n", []string{"p:3:5: rule 1 has no name"}},
@@ -103,6 +104,8 @@ func TestLoadMistakes(t *testing.T) {
 		"deny false":        {rule("when: true", "deny: false"), []string{"p:5:11: deny must be true"}},
 		"deny as text":      {rule("when: true", `deny: "true"`), []string{"p:5:11: deny must be true"}},
 		"isolation auto":    {rule("when: true", "isolation: auto"), []string{`p:5:16: isolation must be one of container, vm, not "auto"`}},
+		"seccomp":           {answered("when: true", "seccomp: unconfined"), []string{`seccomp must be one of default, any, not "unconfined"`}},
+		"seccomp of a deny": {rule("when: true", "deny: true", "seccomp: any"), []string{"rule 1 denies, and so grants no seccomp profile"}},
 		"isolation deny":    {rule("when: true", "isolation: deny"), []string{`isolation must be one of container, vm, not "deny"`}},
 		"all at once": {"version: 3\nfoo: 1\nrules:\n  - name: a\n    when: nope\n", []string{
 			"p:1:10: version", "p:2:1: unknown field", "p:4:5: rule 1 has no answer", "p:5:11: when: undeclared reference to 'nope'"}},

@@ -59,6 +59,7 @@ func specFromAPI(w *sandboxdv1.WorkloadSpec) spec.Workload {
 		CapAdd:       w.GetCapAdd(),
 		CapDrop:      w.GetCapDrop(),
 		StopSignal:   w.GetStopSignal(),
+		Seccomp:      spec.Seccomp{Unconfined: w.GetSeccomp().GetUnconfined(), Profile: w.GetSeccomp().GetProfile()},
 	}
 	for _, m := range w.GetMounts() {
 		s.Mounts = append(s.Mounts, spec.Mount{
@@ -85,6 +86,9 @@ func specToAPI(s spec.Workload) *sandboxdv1.WorkloadSpec {
 		CapAdd:       s.CapAdd,
 		CapDrop:      s.CapDrop,
 		StopSignal:   s.StopSignal,
+	}
+	if !s.Seccomp.IsDefault() {
+		w.Seccomp = &sandboxdv1.Seccomp{Unconfined: s.Seccomp.Unconfined, Profile: s.Seccomp.Profile}
 	}
 	for _, m := range s.Mounts {
 		w.Mounts = append(w.Mounts, &sandboxdv1.Mount{

@@ -224,5 +224,5 @@ func isolationInfoToAPI(i spec.Isolation, a runtime.Availability) *sandboxdv1.Is
 }
 
 func ruleToAPI(r policy.Rule) *sandboxdv1.PolicyRule {
-	return &sandboxdv1.PolicyRule{Name: r.Name, When: r.When, Answer: r.Answer, Reason: r.Reason}
+	return &sandboxdv1.PolicyRule{Name: r.Name, When: r.When, Answer: r.Answer, Reason: r.Reason, Seccomp: r.Seccomp}
 }

@@ -33,7 +33,19 @@ type Workload struct {
 	CapAdd     []string `json:"capAdd,omitempty"`
 	CapDrop    []string `json:"capDrop,omitempty"`
 	StopSignal string   `json:"stopSignal,omitempty"`
+	Seccomp    Seccomp  `json:"seccomp,omitzero"`
 }
+
+// Seccomp is which filter of system calls is asked for. The zero value is the default profile.
+type Seccomp struct {
+	// No filter.
+	Unconfined bool `json:"unconfined,omitempty"`
+	// A profile as JSON, docker's format or the OCI runtime-spec's.
+	Profile string `json:"profile,omitempty"`
+}
+
+// IsDefault reports whether nothing but the default profile is asked for.
+func (s Seccomp) IsDefault() bool { return s == Seccomp{} }
 
 // Process is a process to run: the workload's own, or one exec'd into it.
 type Process struct {

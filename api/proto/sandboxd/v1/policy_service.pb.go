@@ -325,8 +325,10 @@ type PolicyRule struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	When  string                 `protobuf:"bytes,2,opt,name=when,proto3" json:"when,omitempty"`
 	// "container", "vm" or "deny".
-	Answer        string `protobuf:"bytes,3,opt,name=answer,proto3" json:"answer,omitempty"`
-	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Answer string `protobuf:"bytes,3,opt,name=answer,proto3" json:"answer,omitempty"`
+	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	// "any" where the rule grants the system call filter that a request brings, or none; empty for the default filter.
+	Seccomp       string `protobuf:"bytes,280,opt,name=seccomp,proto3" json:"seccomp,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -389,6 +391,13 @@ func (x *PolicyRule) GetReason() string {
 	return ""
 }
 
+func (x *PolicyRule) GetSeccomp() string {
+	if x != nil {
+		return x.Seccomp
+	}
+	return ""
+}
+
 var File_sandboxd_v1_policy_service_proto protoreflect.FileDescriptor
 
 const file_sandboxd_v1_policy_service_proto_rawDesc = "" +
@@ -415,13 +424,14 @@ const file_sandboxd_v1_policy_service_proto_rawDesc = "" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12-\n" +
 	"\x05rules\x18\x03 \x03(\v2\x17.sandboxd.v1.PolicyRuleR\x05rules\x12\x18\n" +
-	"\adefault\x18\x04 \x01(\tR\adefault\"d\n" +
+	"\adefault\x18\x04 \x01(\tR\adefault\"\x7f\n" +
 	"\n" +
 	"PolicyRule\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04when\x18\x02 \x01(\tR\x04when\x12\x16\n" +
 	"\x06answer\x18\x03 \x01(\tR\x06answer\x12\x16\n" +
-	"\x06reason\x18\x04 \x01(\tR\x06reason2\xa1\x01\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x19\n" +
+	"\aseccomp\x18\x98\x02 \x01(\tR\aseccomp2\xa1\x01\n" +
 	"\rPolicyService\x12D\n" +
 	"\aExplain\x12\x1b.sandboxd.v1.ExplainRequest\x1a\x1c.sandboxd.v1.ExplainResponse\x12J\n" +
 	"\tGetPolicy\x12\x1d.sandboxd.v1.GetPolicyRequest\x1a\x1e.sandboxd.v1.GetPolicyResponseB?Z=github.com/sandboxd/sandboxd/api/proto/sandboxd/v1;sandboxdv1b\x06proto3"

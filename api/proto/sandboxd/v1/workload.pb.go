@@ -198,7 +198,7 @@ func (x Mount_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mount_Type.Descriptor instead.
 func (Mount_Type) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{6, 0}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{7, 0}
 }
 
 type Event_Type int32
@@ -277,7 +277,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10, 0}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11, 0}
 }
 
 // Workload is what a caller asked for, under its name, and how it fares.
@@ -384,7 +384,10 @@ type WorkloadSpec struct {
 	CapAdd  []string `protobuf:"bytes,9,rep,name=cap_add,json=capAdd,proto3" json:"cap_add,omitempty"`
 	CapDrop []string `protobuf:"bytes,10,rep,name=cap_drop,json=capDrop,proto3" json:"cap_drop,omitempty"`
 	// What Stop sends first: a name (SIGTERM, TERM) or a number. Defaults to the image's, else SIGTERM.
-	StopSignal    string `protobuf:"bytes,11,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
+	StopSignal string `protobuf:"bytes,11,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
+	// Which system calls its processes may make. Left out: the default profile, docker's. Anything else is granted only where
+	// the rule of the policy that matches says "seccomp: any"; without a policy it is refused.
+	Seccomp       *Seccomp `protobuf:"bytes,280,opt,name=seccomp,proto3" json:"seccomp,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -496,6 +499,68 @@ func (x *WorkloadSpec) GetStopSignal() string {
 	return ""
 }
 
+func (x *WorkloadSpec) GetSeccomp() *Seccomp {
+	if x != nil {
+		return x.Seccomp
+	}
+	return nil
+}
+
+// Another filter of system calls than the default one: exactly one of its fields is set.
+type Seccomp struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// No filter.
+	Unconfined bool `protobuf:"varint,1,opt,name=unconfined,proto3" json:"unconfined,omitempty"`
+	// A profile in JSON, as docker reads it and as the OCI runtime-spec has it. Unknown fields are refused.
+	Profile       string `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Seccomp) Reset() {
+	*x = Seccomp{}
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Seccomp) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Seccomp) ProtoMessage() {}
+
+func (x *Seccomp) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Seccomp.ProtoReflect.Descriptor instead.
+func (*Seccomp) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Seccomp) GetUnconfined() bool {
+	if x != nil {
+		return x.Unconfined
+	}
+	return false
+}
+
+func (x *Seccomp) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
 // The workload's process. What is left out comes from the image's configuration.
 type ProcessSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -521,7 +586,7 @@ type ProcessSpec struct {
 
 func (x *ProcessSpec) Reset() {
 	*x = ProcessSpec{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[2]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -533,7 +598,7 @@ func (x *ProcessSpec) String() string {
 func (*ProcessSpec) ProtoMessage() {}
 
 func (x *ProcessSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[2]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -546,7 +611,7 @@ func (x *ProcessSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessSpec.ProtoReflect.Descriptor instead.
 func (*ProcessSpec) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{2}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ProcessSpec) GetEntrypoint() []string {
@@ -622,7 +687,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[3]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +699,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[3]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +712,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{3}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *TerminalSize) GetRows() uint32 {
@@ -676,7 +741,7 @@ type Rlimit struct {
 
 func (x *Rlimit) Reset() {
 	*x = Rlimit{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[4]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +753,7 @@ func (x *Rlimit) String() string {
 func (*Rlimit) ProtoMessage() {}
 
 func (x *Rlimit) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[4]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +766,7 @@ func (x *Rlimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rlimit.ProtoReflect.Descriptor instead.
 func (*Rlimit) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{4}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Rlimit) GetType() string {
@@ -741,7 +806,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[5]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +818,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[5]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +831,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{5}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Resources) GetCpuMillis() uint32 {
@@ -815,7 +880,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[6]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -827,7 +892,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[6]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -840,7 +905,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{6}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Mount) GetType() Mount_Type {
@@ -916,7 +981,7 @@ type WorkloadStatus struct {
 
 func (x *WorkloadStatus) Reset() {
 	*x = WorkloadStatus{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[7]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +993,7 @@ func (x *WorkloadStatus) String() string {
 func (*WorkloadStatus) ProtoMessage() {}
 
 func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[7]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1006,7 @@ func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatus.ProtoReflect.Descriptor instead.
 func (*WorkloadStatus) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{7}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *WorkloadStatus) GetState() WorkloadState {
@@ -1059,7 +1124,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[8]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1136,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[8]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1149,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{8}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Decision) GetIsolation() Isolation {
@@ -1141,7 +1206,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1218,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1231,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{9}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Usage) GetId() string {
@@ -1290,7 +1355,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1367,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1380,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -1382,7 +1447,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9c\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcd\x05\n" +
 	"\fWorkloadSpec\x12 \n" +
 	"\x05image\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x04R\x05image\x12@\n" +
@@ -1398,7 +1463,13 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\bcap_drop\x18\n" +
 	" \x03(\tB#\xbaH \x92\x01\x1d\x10@\"\x19r\x172\x15^(CAP_)?[A-Z_]{1,32}$R\acapDrop\x129\n" +
 	"\vstop_signal\x18\v \x01(\tB\x18\xbaH\x15r\x13\x18\x102\x0f^([A-Z0-9+-]*)$R\n" +
-	"stopSignal\"\xaa\x03\n" +
+	"stopSignal\x12/\n" +
+	"\aseccomp\x18\x98\x02 \x01(\v2\x14.sandboxd.v1.SeccompR\aseccomp\"N\n" +
+	"\aSeccomp\x12\x1e\n" +
+	"\n" +
+	"unconfined\x18\x01 \x01(\bR\n" +
+	"unconfined\x12#\n" +
+	"\aprofile\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x10R\aprofile\"\xaa\x03\n" +
 	"\vProcessSpec\x12)\n" +
 	"\n" +
 	"entrypoint\x18\x01 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80\bR\n" +
@@ -1546,7 +1617,7 @@ func file_sandboxd_v1_workload_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_v1_workload_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_sandboxd_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_sandboxd_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_sandboxd_v1_workload_proto_goTypes = []any{
 	(Isolation)(0),                // 0: sandboxd.v1.Isolation
 	(WorkloadState)(0),            // 1: sandboxd.v1.WorkloadState
@@ -1554,51 +1625,53 @@ var file_sandboxd_v1_workload_proto_goTypes = []any{
 	(Event_Type)(0),               // 3: sandboxd.v1.Event.Type
 	(*Workload)(nil),              // 4: sandboxd.v1.Workload
 	(*WorkloadSpec)(nil),          // 5: sandboxd.v1.WorkloadSpec
-	(*ProcessSpec)(nil),           // 6: sandboxd.v1.ProcessSpec
-	(*TerminalSize)(nil),          // 7: sandboxd.v1.TerminalSize
-	(*Rlimit)(nil),                // 8: sandboxd.v1.Rlimit
-	(*Resources)(nil),             // 9: sandboxd.v1.Resources
-	(*Mount)(nil),                 // 10: sandboxd.v1.Mount
-	(*WorkloadStatus)(nil),        // 11: sandboxd.v1.WorkloadStatus
-	(*Decision)(nil),              // 12: sandboxd.v1.Decision
-	(*Usage)(nil),                 // 13: sandboxd.v1.Usage
-	(*Event)(nil),                 // 14: sandboxd.v1.Event
-	nil,                           // 15: sandboxd.v1.Workload.LabelsEntry
-	nil,                           // 16: sandboxd.v1.Event.AttributesEntry
-	(*timestamppb.Timestamp)(nil), // 17: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
+	(*Seccomp)(nil),               // 6: sandboxd.v1.Seccomp
+	(*ProcessSpec)(nil),           // 7: sandboxd.v1.ProcessSpec
+	(*TerminalSize)(nil),          // 8: sandboxd.v1.TerminalSize
+	(*Rlimit)(nil),                // 9: sandboxd.v1.Rlimit
+	(*Resources)(nil),             // 10: sandboxd.v1.Resources
+	(*Mount)(nil),                 // 11: sandboxd.v1.Mount
+	(*WorkloadStatus)(nil),        // 12: sandboxd.v1.WorkloadStatus
+	(*Decision)(nil),              // 13: sandboxd.v1.Decision
+	(*Usage)(nil),                 // 14: sandboxd.v1.Usage
+	(*Event)(nil),                 // 15: sandboxd.v1.Event
+	nil,                           // 16: sandboxd.v1.Workload.LabelsEntry
+	nil,                           // 17: sandboxd.v1.Event.AttributesEntry
+	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
 }
 var file_sandboxd_v1_workload_proto_depIdxs = []int32{
-	15, // 0: sandboxd.v1.Workload.labels:type_name -> sandboxd.v1.Workload.LabelsEntry
+	16, // 0: sandboxd.v1.Workload.labels:type_name -> sandboxd.v1.Workload.LabelsEntry
 	5,  // 1: sandboxd.v1.Workload.spec:type_name -> sandboxd.v1.WorkloadSpec
-	11, // 2: sandboxd.v1.Workload.status:type_name -> sandboxd.v1.WorkloadStatus
-	17, // 3: sandboxd.v1.Workload.created_at:type_name -> google.protobuf.Timestamp
+	12, // 2: sandboxd.v1.Workload.status:type_name -> sandboxd.v1.WorkloadStatus
+	18, // 3: sandboxd.v1.Workload.created_at:type_name -> google.protobuf.Timestamp
 	0,  // 4: sandboxd.v1.WorkloadSpec.isolation:type_name -> sandboxd.v1.Isolation
-	6,  // 5: sandboxd.v1.WorkloadSpec.process:type_name -> sandboxd.v1.ProcessSpec
-	9,  // 6: sandboxd.v1.WorkloadSpec.resources:type_name -> sandboxd.v1.Resources
-	10, // 7: sandboxd.v1.WorkloadSpec.mounts:type_name -> sandboxd.v1.Mount
-	7,  // 8: sandboxd.v1.ProcessSpec.terminal_size:type_name -> sandboxd.v1.TerminalSize
-	8,  // 9: sandboxd.v1.ProcessSpec.rlimits:type_name -> sandboxd.v1.Rlimit
-	2,  // 10: sandboxd.v1.Mount.type:type_name -> sandboxd.v1.Mount.Type
-	1,  // 11: sandboxd.v1.WorkloadStatus.state:type_name -> sandboxd.v1.WorkloadState
-	0,  // 12: sandboxd.v1.WorkloadStatus.isolation:type_name -> sandboxd.v1.Isolation
-	12, // 13: sandboxd.v1.WorkloadStatus.decision:type_name -> sandboxd.v1.Decision
-	17, // 14: sandboxd.v1.WorkloadStatus.started_at:type_name -> google.protobuf.Timestamp
-	17, // 15: sandboxd.v1.WorkloadStatus.exited_at:type_name -> google.protobuf.Timestamp
-	0,  // 16: sandboxd.v1.Decision.isolation:type_name -> sandboxd.v1.Isolation
-	0,  // 17: sandboxd.v1.Decision.granted:type_name -> sandboxd.v1.Isolation
-	0,  // 18: sandboxd.v1.Usage.isolation:type_name -> sandboxd.v1.Isolation
-	17, // 19: sandboxd.v1.Usage.time:type_name -> google.protobuf.Timestamp
-	18, // 20: sandboxd.v1.Usage.cpu_time:type_name -> google.protobuf.Duration
-	17, // 21: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
-	3,  // 22: sandboxd.v1.Event.type:type_name -> sandboxd.v1.Event.Type
-	0,  // 23: sandboxd.v1.Event.isolation:type_name -> sandboxd.v1.Isolation
-	16, // 24: sandboxd.v1.Event.attributes:type_name -> sandboxd.v1.Event.AttributesEntry
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	7,  // 5: sandboxd.v1.WorkloadSpec.process:type_name -> sandboxd.v1.ProcessSpec
+	10, // 6: sandboxd.v1.WorkloadSpec.resources:type_name -> sandboxd.v1.Resources
+	11, // 7: sandboxd.v1.WorkloadSpec.mounts:type_name -> sandboxd.v1.Mount
+	6,  // 8: sandboxd.v1.WorkloadSpec.seccomp:type_name -> sandboxd.v1.Seccomp
+	8,  // 9: sandboxd.v1.ProcessSpec.terminal_size:type_name -> sandboxd.v1.TerminalSize
+	9,  // 10: sandboxd.v1.ProcessSpec.rlimits:type_name -> sandboxd.v1.Rlimit
+	2,  // 11: sandboxd.v1.Mount.type:type_name -> sandboxd.v1.Mount.Type
+	1,  // 12: sandboxd.v1.WorkloadStatus.state:type_name -> sandboxd.v1.WorkloadState
+	0,  // 13: sandboxd.v1.WorkloadStatus.isolation:type_name -> sandboxd.v1.Isolation
+	13, // 14: sandboxd.v1.WorkloadStatus.decision:type_name -> sandboxd.v1.Decision
+	18, // 15: sandboxd.v1.WorkloadStatus.started_at:type_name -> google.protobuf.Timestamp
+	18, // 16: sandboxd.v1.WorkloadStatus.exited_at:type_name -> google.protobuf.Timestamp
+	0,  // 17: sandboxd.v1.Decision.isolation:type_name -> sandboxd.v1.Isolation
+	0,  // 18: sandboxd.v1.Decision.granted:type_name -> sandboxd.v1.Isolation
+	0,  // 19: sandboxd.v1.Usage.isolation:type_name -> sandboxd.v1.Isolation
+	18, // 20: sandboxd.v1.Usage.time:type_name -> google.protobuf.Timestamp
+	19, // 21: sandboxd.v1.Usage.cpu_time:type_name -> google.protobuf.Duration
+	18, // 22: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	3,  // 23: sandboxd.v1.Event.type:type_name -> sandboxd.v1.Event.Type
+	0,  // 24: sandboxd.v1.Event.isolation:type_name -> sandboxd.v1.Isolation
+	17, // 25: sandboxd.v1.Event.attributes:type_name -> sandboxd.v1.Event.AttributesEntry
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_v1_workload_proto_init() }
@@ -1606,14 +1679,14 @@ func file_sandboxd_v1_workload_proto_init() {
 	if File_sandboxd_v1_workload_proto != nil {
 		return
 	}
-	file_sandboxd_v1_workload_proto_msgTypes[7].OneofWrappers = []any{}
+	file_sandboxd_v1_workload_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_v1_workload_proto_rawDesc), len(file_sandboxd_v1_workload_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
