@@ -37,7 +37,7 @@ unit() {
 	local race heavy rest
 	race=$(packages "${RACE[@]}")
 	heavy=$(packages "${HEAVY[@]}")
-	rest=$(packages ./... | grep -vxF "$race"$'\n'"$heavy"$'\n'"$MODULE/test/e2e"$'\n'"$MODULE/test/testhost")
+	rest=$(packages ./... | grep -vxF "$race"$'\n'"$heavy"$'\n'"$(packages ./test/e2e/...)"$'\n'"$MODULE/test/testhost")
 	# shellcheck disable=SC2086  # one argument per package
 	{
 		go_test "most packages" -timeout "$UNIT_TIMEOUT" $rest
@@ -48,7 +48,8 @@ unit() {
 	go -C tools test -count=1 ./... | grep -v 'no test files'
 }
 
-e2e() { go_test "scenarios" -timeout "$E2E_TIMEOUT" ./test/e2e; }
+# One package at a time: what a test leaves is looked for on the whole host.
+e2e() { go_test "scenarios" -timeout "$E2E_TIMEOUT" -p 1 ./test/e2e/...; }
 
 host() { go_test "in the test host" -timeout "$HOST_TIMEOUT" ./test/testhost; }
 

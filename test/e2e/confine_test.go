@@ -24,9 +24,9 @@ func TestConfinementIsTheSame(t *testing.T) {
 			{"all dropped, one added", []string{"--cap-drop", "ALL", "--cap-add", "KILL"}, "0000000000000020"},
 		} {
 			args := append(c.flags, busybox, "grep", "-E", "^(Cap(Prm|Eff|Bnd|Inh|Amb)|NoNewPrivs|Seccomp):", "/proc/self/status")
-			r := w.run(args...).run()
-			r.want(t, 0)
-			got := strings.Join(strings.Fields(r.stdout), " ")
+			r := w.Run(args...).Run()
+			r.Want(t, 0)
+			got := strings.Join(strings.Fields(r.Stdout), " ")
 			// Inheritable and ambient stay empty: they would hand capabilities through exec to other users.
 			want := "CapInh: 0000000000000000 CapPrm: " + c.caps + " CapEff: " + c.caps + " CapBnd: " + c.caps +
 				" CapAmb: 0000000000000000 NoNewPrivs: 1 Seccomp: 2"
@@ -35,13 +35,13 @@ func TestConfinementIsTheSame(t *testing.T) {
 			}
 		}
 		// Exec'd processes are confined like the workload, and other users than root have nothing of root's.
-		id := w.start(t, "--cap-drop", "ALL", "--cap-add", "KILL", busybox, "sleep", "600")
-		r := w.exec(id, "grep", "-E", "^(CapEff|NoNewPrivs|Seccomp):", "/proc/self/status").run()
-		if got := strings.Join(strings.Fields(r.stdout), " "); got != "CapEff: 0000000000000020 NoNewPrivs: 1 Seccomp: 2" {
+		id := w.Start(t, "--cap-drop", "ALL", "--cap-add", "KILL", busybox, "sleep", "600")
+		r := w.Exec(id, "grep", "-E", "^(CapEff|NoNewPrivs|Seccomp):", "/proc/self/status").Run()
+		if got := strings.Join(strings.Fields(r.Stdout), " "); got != "CapEff: 0000000000000020 NoNewPrivs: 1 Seccomp: 2" {
 			t.Errorf("an exec'd process has %s", got)
 		}
-		r = w.command("exec", "-u", "app", id, "grep", "-E", "^Cap(Prm|Eff):", "/proc/self/status").run()
-		if got := strings.Join(strings.Fields(r.stdout), " "); got != "CapPrm: 0000000000000000 CapEff: 0000000000000000" {
+		r = w.Command("exec", "-u", "app", id, "grep", "-E", "^Cap(Prm|Eff):", "/proc/self/status").Run()
+		if got := strings.Join(strings.Fields(r.Stdout), " "); got != "CapPrm: 0000000000000000 CapEff: 0000000000000000" {
 			t.Errorf("a user other than root has %s", got)
 		}
 	})
@@ -50,7 +50,7 @@ func TestConfinementIsTheSame(t *testing.T) {
 // Refusals, tried from inside.
 func TestRefusedInside(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		for _, c := range []struct{ what, script, says string }{
 			{"mount", "mount -t tmpfs none /tmp", ""},
 			{"mount without its capability", "mount -t proc none /tmp", ""},
@@ -64,9 +64,9 @@ func TestRefusedInside(t *testing.T) {
 			{"the clock", "date -s 2001-01-01 2>&1 | grep permitted >&2 && exit 1", "not permitted"},
 			{"another host name", "hostname other", ""},
 		} {
-			r := w.exec(id, "sh", "-c", c.script).run()
-			if r.code == 0 || !strings.Contains(r.stderr, c.says) {
-				t.Errorf("%s was not refused: exit code %d, stderr %q", c.what, r.code, r.stderr)
+			r := w.Exec(id, "sh", "-c", c.script).Run()
+			if r.Code == 0 || !strings.Contains(r.Stderr, c.says) {
+				t.Errorf("%s was not refused: exit code %d, stderr %q", c.what, r.Code, r.Stderr)
 			}
 		}
 	})
@@ -75,7 +75,7 @@ func TestRefusedInside(t *testing.T) {
 // What a workload can see of the world around it.
 func TestSeesOnlyItself(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		for _, c := range []struct{ what, script, want string }{
 			{"no network but its own loopback", "echo $(ls /sys/class/net)", "lo\n"},
 			{"loopback is up", "ip -o addr show lo | grep -c 127.0.0.1", "1\n"},
@@ -85,16 +85,16 @@ func TestSeesOnlyItself(t *testing.T) {
 			// Root inside may not look into PID 1, which holds the way to the daemon.
 			{"nothing of PID 1's", "readlink /proc/1/fd/* /proc/1/exe /proc/1/root || echo refused", "refused\n"},
 		} {
-			r := w.exec(id, "sh", "-c", c.script).run()
-			if r.stdout != c.want {
-				t.Errorf("%s: exit code %d, wrote %q, want %q; stderr: %s", c.what, r.code, r.stdout, c.want, r.stderr)
+			r := w.Exec(id, "sh", "-c", c.script).Run()
+			if r.Stdout != c.want {
+				t.Errorf("%s: exit code %d, wrote %q, want %q; stderr: %s", c.what, r.Code, r.Stdout, c.want, r.Stderr)
 			}
 		}
-		r := w.exec(id, "cat", "/proc/self/mountinfo").run()
-		r.want(t, 0)
-		for _, secret := range []string{w.runDir, w.stateDir} {
-			if strings.Contains(r.stdout, secret) {
-				t.Errorf("mountinfo inside names %s of the host:\n%s", secret, r.stdout)
+		r := w.Exec(id, "cat", "/proc/self/mountinfo").Run()
+		r.Want(t, 0)
+		for _, secret := range []string{w.RunDir, w.StateDir} {
+			if strings.Contains(r.Stdout, secret) {
+				t.Errorf("mountinfo inside names %s of the host:\n%s", secret, r.Stdout)
 			}
 		}
 	})
@@ -102,56 +102,56 @@ func TestSeesOnlyItself(t *testing.T) {
 
 func TestReadOnlyRootAndTmpfs(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, "--read-only", "--tmpfs", "/scratch", "--mount", "type=tmpfs,target=/small,size=1m,mode=0700", busybox, "sleep", "600")
-		r := w.exec(id, "touch", "/file").run()
-		if r.code == 0 || !strings.Contains(r.stderr, "Read-only") {
-			t.Errorf("--read-only: exit code %d, stderr %q", r.code, r.stderr)
+		id := w.Start(t, "--read-only", "--tmpfs", "/scratch", "--mount", "type=tmpfs,target=/small,size=1m,mode=0700", busybox, "sleep", "600")
+		r := w.Exec(id, "touch", "/file").Run()
+		if r.Code == 0 || !strings.Contains(r.Stderr, "Read-only") {
+			t.Errorf("--read-only: exit code %d, stderr %q", r.Code, r.Stderr)
 		}
-		w.exec(id, "sh", "-c", "echo kept > /scratch/file; cat /scratch/file").run().wantOut(t, "kept\n")
-		r = w.exec(id, "sh", "-c", "stat -c %a /small; dd if=/dev/zero of=/small/x bs=64k count=32").run()
-		if r.code == 0 || !strings.HasPrefix(r.stdout, "700\n") || !strings.Contains(r.stderr, "No space") {
-			t.Errorf("2 MiB into a tmpfs of 1: exit code %d, stdout %q, stderr %q", r.code, r.stdout, r.stderr)
+		w.Exec(id, "sh", "-c", "echo kept > /scratch/file; cat /scratch/file").Run().WantOut(t, "kept\n")
+		r = w.Exec(id, "sh", "-c", "stat -c %a /small; dd if=/dev/zero of=/small/x bs=64k count=32").Run()
+		if r.Code == 0 || !strings.HasPrefix(r.Stdout, "700\n") || !strings.Contains(r.Stderr, "No space") {
+			t.Errorf("2 MiB into a tmpfs of 1: exit code %d, stdout %q, stderr %q", r.Code, r.Stdout, r.Stderr)
 		}
 		// /dev/shm is there and writable, device nodes work.
-		w.exec(id, "sh", "-c", "echo x > /dev/shm/x && echo y > /dev/null && head -c 3 /dev/zero | wc -c").run().wantOut(t, "3\n")
+		w.Exec(id, "sh", "-c", "echo x > /dev/shm/x && echo y > /dev/null && head -c 3 /dev/zero | wc -c").Run().WantOut(t, "3\n")
 	})
 }
 
 func TestUlimit(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		w.run("--ulimit", "nofile=100:200", "--ulimit", "core=0", busybox, "sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c").run().wantOut(t, "100\n200\n0\n")
-		w.command("create", "--isolation", w.isolation, "--ulimit", "nonsense=1", busybox, "true").run().wantError(t, 125, "nonsense")
+		w.Run("--ulimit", "nofile=100:200", "--ulimit", "core=0", busybox, "sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c").Run().WantOut(t, "100\n200\n0\n")
+		w.Command("create", "--isolation", w.Isolation, "--ulimit", "nonsense=1", busybox, "true").Run().WantError(t, 125, "nonsense")
 	})
 }
 
 // In a container not even who may trace others can look into the agent: its program is a file that nobody may read. (In a
 // VM the agent is as exposed to CAP_SYS_PTRACE as any init, and what it could give away is the guest's own.)
 func TestAgentIsClosedToTracers(t *testing.T) {
-	w := wall{shared, "container"}
-	w.watch(t)
-	r := w.run("--cap-add", "SYS_PTRACE", busybox, "sh", "-c", "ls /proc/1/fd 2>/dev/null | wc -l; readlink /proc/1/exe || echo refused").run()
-	r.wantOut(t, "0\nrefused\n")
+	w := shared.Wall("container")
+	w.Watch(t)
+	r := w.Run("--cap-add", "SYS_PTRACE", busybox, "sh", "-c", "ls /proc/1/fd 2>/dev/null | wc -l; readlink /proc/1/exe || echo refused").Run()
+	r.WantOut(t, "0\nrefused\n")
 }
 
 // The kernel inside is the host's, or it is not: the two walls' one great difference.
 func TestWhoseKernel(t *testing.T) {
-	host := wall{shared, "container"}
-	host.watch(t)
+	host := shared.Wall("container")
+	host.Watch(t)
 	command := []string{busybox, "sh", "-c", "uname -r; cat /proc/sys/kernel/random/boot_id"}
-	inContainer := host.run(command...).run()
-	inVM := wall{shared, "vm"}.run(command...).run()
-	inContainer.want(t, 0)
-	inVM.want(t, 0)
+	inContainer := host.Run(command...).Run()
+	inVM := shared.Wall("vm").Run(command...).Run()
+	inContainer.Want(t, 0)
+	inVM.Want(t, 0)
 	onHost := hostKernel(t)
-	if inContainer.stdout != onHost {
-		t.Errorf("in a container: %q, on the host: %q", inContainer.stdout, onHost)
+	if inContainer.Stdout != onHost {
+		t.Errorf("in a container: %q, on the host: %q", inContainer.Stdout, onHost)
 	}
-	for i, line := range strings.Split(strings.TrimSpace(inVM.stdout), "\n") {
+	for i, line := range strings.Split(strings.TrimSpace(inVM.Stdout), "\n") {
 		if line == strings.Split(onHost, "\n")[i] {
 			t.Errorf("in a VM and on the host: %q", line)
 		}
 	}
-	if !regexp.MustCompile(`^\d+\.\d+\.\S+\n[0-9a-f-]{36}\n$`).MatchString(inVM.stdout) {
-		t.Errorf("in a VM: %q, want a release and a boot id", inVM.stdout)
+	if !regexp.MustCompile(`^\d+\.\d+\.\S+\n[0-9a-f-]{36}\n$`).MatchString(inVM.Stdout) {
+		t.Errorf("in a VM: %q, want a release and a boot id", inVM.Stdout)
 	}
 }

@@ -36,25 +36,25 @@ func TestDaemonComesBack(t *testing.T) {
 		what string
 		end  func(d *daemon) error
 	}{
-		{"killed", (*daemon).kill},
-		{"terminated", (*daemon).terminate},
+		{"killed", (*daemon).Kill},
+		{"terminated", (*daemon).Terminate},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			d := ownDaemon(t)
-			d.watch(t)
+			d.Watch(t)
 			counters, quitters, sleepers := map[string]string{}, map[string]string{}, map[string]string{}
 			for _, iso := range isolations {
-				w := wall{d, iso}
-				counters[iso] = w.start(t, busybox, "sh", "-c", counterScript)
+				w := d.Wall(iso)
+				counters[iso] = w.Start(t, busybox, "sh", "-c", counterScript)
 				// Ends on its own while nobody looks.
-				quitters[iso] = w.start(t, busybox, "sh", "-c", "echo here; while [ ! -e /go ]; do sleep 0.1; done; sleep 1; echo gone; exit 6")
-				sleepers[iso] = w.start(t, "-i", busybox, "sh", "-c", "while read l; do echo got $l; done; exit 8")
+				quitters[iso] = w.Start(t, busybox, "sh", "-c", "echo here; while [ ! -e /go ]; do sleep 0.1; done; sleep 1; echo gone; exit 6")
+				sleepers[iso] = w.Start(t, "-i", busybox, "sh", "-c", "while read l; do echo got $l; done; exit 8")
 			}
 			pids := map[string]int{}
 			for _, iso := range isolations {
-				d.waitForLog(t, counters[iso], "5\n")
-				d.call(t, "exec", quitters[iso], "touch", "/go")
-				pids[iso] = d.inspect(t, counters[iso]).Status.HostPID
+				d.WaitForLog(t, counters[iso], "5\n")
+				d.Call(t, "exec", quitters[iso], "touch", "/go")
+				pids[iso] = d.Inspect(t, counters[iso]).Status.HostPID
 			}
 			must(t, c.end(d))
 			for _, iso := range isolations {
@@ -64,26 +64,26 @@ func TestDaemonComesBack(t *testing.T) {
 			}
 			// Long enough that the quitters quit, and that the counters write what nobody reads.
 			<-time.After(2500 * time.Millisecond)
-			d.mustStart(t)
+			d.MustStart(t)
 			for _, iso := range isolations {
-				if s := d.inspect(t, counters[iso]).Status; s.State != "WORKLOAD_STATE_RUNNING" || s.HostPID != pids[iso] {
+				if s := d.Inspect(t, counters[iso]).Status; s.State != "WORKLOAD_STATE_RUNNING" || s.HostPID != pids[iso] {
 					t.Errorf("the counter in a %s: %+v, want it running as process %d", iso, s, pids[iso])
 				}
-				d.call(t, "wait", quitters[iso]).wantOut(t, "6\n")
-				d.call(t, "logs", quitters[iso]).wantOut(t, "here\ngone\n")
-				d.call(t, "exec", sleepers[iso], "echo", "back").wantOut(t, "back\n")
-				d.command("attach", sleepers[iso]).withStdin(strings.NewReader("after\n")).run().want(t, 8)
-				d.call(t, "logs", sleepers[iso]).wantOut(t, "got after\n")
+				d.Call(t, "wait", quitters[iso]).WantOut(t, "6\n")
+				d.Call(t, "logs", quitters[iso]).WantOut(t, "here\ngone\n")
+				d.Call(t, "exec", sleepers[iso], "echo", "back").WantOut(t, "back\n")
+				d.Command("attach", sleepers[iso]).WithStdin(strings.NewReader("after\n")).Run().Want(t, 8)
+				d.Call(t, "logs", sleepers[iso]).WantOut(t, "got after\n")
 			}
 			for _, iso := range isolations {
-				d.call(t, "exec", counters[iso], "touch", "/stop")
-				d.call(t, "wait", counters[iso]).wantOut(t, "9\n")
-				wantCounted(t, d.call(t, "logs", counters[iso]).stdout)
+				d.Call(t, "exec", counters[iso], "touch", "/stop")
+				d.Call(t, "wait", counters[iso]).WantOut(t, "9\n")
+				wantCounted(t, d.Call(t, "logs", counters[iso]).Stdout)
 			}
 			// What came back can be removed and made anew like anything else.
 			for _, iso := range isolations {
-				d.call(t, "rm", counters[iso])
-				wall{d, iso}.run(busybox, "echo", "new").run().wantOut(t, "new\n")
+				d.Call(t, "rm", counters[iso])
+				d.Wall(iso).Run(busybox, "echo", "new").Run().WantOut(t, "new\n")
 			}
 		})
 	}
@@ -92,18 +92,18 @@ func TestDaemonComesBack(t *testing.T) {
 // Killed again and again while workloads come and go: nothing stays that nobody knows of.
 func TestKilledWhileBusy(t *testing.T) {
 	d := ownDaemon(t)
-	d.watch(t)
+	d.Watch(t)
 	for _, iso := range isolations {
 		for _, after := range []time.Duration{30 * time.Millisecond, 150 * time.Millisecond, 600 * time.Millisecond, 1500 * time.Millisecond} {
 			done := make(chan result, 1)
-			call := wall{d, iso}.run(busybox, "sh", "-c", "echo started; sleep 0.2")
-			go func() { done <- call.run() }()
+			call := d.Wall(iso).Run(busybox, "sh", "-c", "echo started; sleep 0.2")
+			go func() { done <- call.Run() }()
 			<-time.After(after)
-			must(t, d.kill())
+			must(t, d.Kill())
 			<-done
-			d.mustStart(t)
-			for _, id := range strings.Fields(d.call(t, "ps", "-a", "-q").stdout) {
-				d.call(t, "rm", "-f", id)
+			d.MustStart(t)
+			for _, id := range strings.Fields(d.Call(t, "ps", "-a", "-q").Stdout) {
+				d.Call(t, "rm", "-f", id)
 			}
 		}
 	}
@@ -113,18 +113,18 @@ func TestKilledWhileBusy(t *testing.T) {
 // one removes before anything else.
 func TestHalfWrittenFilesGo(t *testing.T) {
 	d := ownDaemon(t)
-	must(t, d.kill())
+	must(t, d.Kill())
 	halves := []string{
 		"microvm/.new-1", "microvm/kernel/0123/.new-2", "microvm/initramfs/.new-3", "disk-templates/tmp-4/raw", "images/tmp/erofs-5",
 	}
 	for _, half := range halves {
-		path := filepath.Join(d.stateDir, half)
+		path := filepath.Join(d.StateDir, half)
 		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
 		must(t, os.WriteFile(path, []byte("half"), 0o600))
 	}
-	d.mustStart(t)
+	d.MustStart(t)
 	for _, half := range halves {
-		if _, err := os.Lstat(filepath.Join(d.stateDir, half)); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Lstat(filepath.Join(d.StateDir, half)); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is still there: %v", half, err)
 		}
 	}

@@ -16,9 +16,9 @@ import (
 // Errors carry a code to act on and details that say what about.
 func TestErrorsOfTheAPI(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		api := w.workloads()
+		api := w.Workloads()
 		isolation := sandboxdv1.Isolation_ISOLATION_CONTAINER
-		if w.isolation == "vm" {
+		if w.Isolation == "vm" {
 			isolation = sandboxdv1.Isolation_ISOLATION_VM
 		}
 		spec := func() *sandboxdv1.WorkloadSpec {
@@ -34,8 +34,8 @@ func TestErrorsOfTheAPI(t *testing.T) {
 			}
 			return err
 		}
-		taken := "taken-" + w.isolation
-		id := w.create(t, "--name", taken, busybox, "true")
+		taken := "taken-" + w.Isolation
+		id := w.Create(t, "--name", taken, busybox, "true")
 
 		for _, c := range []struct {
 			what string
@@ -124,10 +124,10 @@ func TestUnbuiltIsRefused(t *testing.T) {
 			{[]string{"--network", "blue"}, "network"},
 			{[]string{"--mount", "type=bind,source=/etc,target=/mnt"}, "bind"},
 		} {
-			args := append([]string{"run", "--isolation", w.isolation}, c.flags...)
-			w.command(append(args, busybox, "true")...).run().wantError(t, 125, c.word)
+			args := append([]string{"run", "--isolation", w.Isolation}, c.flags...)
+			w.Command(append(args, busybox, "true")...).Run().WantError(t, 125, c.word)
 		}
-		if out := w.call(t, "ps", "-a", "-q").stdout; out != "" {
+		if out := w.Call(t, "ps", "-a", "-q").Stdout; out != "" {
 			t.Errorf("what was refused left workloads: %s", out)
 		}
 	})
@@ -135,14 +135,14 @@ func TestUnbuiltIsRefused(t *testing.T) {
 
 func TestHealthAndReflection(t *testing.T) {
 	d := shared
-	d.watch(t)
+	d.Watch(t)
 	for _, service := range []string{"", "sandboxd.v1.WorkloadService"} {
-		r, err := grpc_health_v1.NewHealthClient(d.conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: service})
+		r, err := grpc_health_v1.NewHealthClient(d.Conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: service})
 		if err != nil || r.Status != grpc_health_v1.HealthCheckResponse_SERVING {
 			t.Errorf("health of %q: %v, %v", service, r, err)
 		}
 	}
-	stream, err := reflectionv1.NewServerReflectionClient(d.conn).ServerReflectionInfo(t.Context())
+	stream, err := reflectionv1.NewServerReflectionClient(d.Conn).ServerReflectionInfo(t.Context())
 	must(t, err)
 	must(t, stream.Send(&reflectionv1.ServerReflectionRequest{MessageRequest: &reflectionv1.ServerReflectionRequest_ListServices{}}))
 	answer, err := stream.Recv()

@@ -19,7 +19,7 @@ import (
 
 func TestExec(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, "-e", "KEPT=yes", "-w", "/var", busybox, "sleep", "600")
+		id := w.Start(t, "-e", "KEPT=yes", "-w", "/var", busybox, "sleep", "600")
 		for _, c := range []struct {
 			what  string
 			flags []string
@@ -40,25 +40,25 @@ func TestExec(t *testing.T) {
 			{"sees the workload", nil, []string{"sh", "-c", "grep -l sleep /proc/[0-9]*/comm | wc -l"}, "", "1\n", 0},
 		} {
 			args := append(append(append([]string{"exec"}, c.flags...), id), c.run...)
-			r := w.command(args...).withStdin(strings.NewReader(c.stdin)).run()
-			if r.code != c.code || r.stdout != c.out {
-				t.Errorf("%s: exit code %d, wrote %q; want %d, %q; stderr: %s", c.what, r.code, r.stdout, c.code, c.out, r.stderr)
+			r := w.Command(args...).WithStdin(strings.NewReader(c.stdin)).Run()
+			if r.Code != c.code || r.Stdout != c.out {
+				t.Errorf("%s: exit code %d, wrote %q; want %d, %q; stderr: %s", c.what, r.Code, r.Stdout, c.code, c.out, r.Stderr)
 			}
 		}
-		w.exec("no-such-workload", "true").run().wantError(t, 125, "no-such-workload")
-		w.call(t, "stop", "--grace", "0s", id)
-		w.exec(id, "true").run().wantError(t, 125, "exited")
+		w.Exec("no-such-workload", "true").Run().WantError(t, 125, "no-such-workload")
+		w.Call(t, "stop", "--grace", "0s", id)
+		w.Exec(id, "true").Run().WantError(t, 125, "exited")
 	})
 }
 
 func TestHundredExecsAtOnce(t *testing.T) {
 	const crowd = 100
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		var wg sync.WaitGroup
 		for i := range crowd {
 			wg.Go(func() {
-				e := w.openExec(t.Context(), &sandboxdv1.ExecStart{Id: id, Command: []string{"sh", "-c", fmt.Sprintf("echo %d; exit %d", i, i)}})
+				e := openExec(t.Context(), w, &sandboxdv1.ExecStart{Id: id, Command: []string{"sh", "-c", fmt.Sprintf("echo %d; exit %d", i, i)}})
 				out, code, err := e.all()
 				if err != nil || code != i || out != fmt.Sprintf("%d\n", i) {
 					t.Errorf("exec %d: wrote %q, exit code %d, error %v", i, out, code, err)
@@ -72,24 +72,24 @@ func TestHundredExecsAtOnce(t *testing.T) {
 // A reader that does not read holds up its own process and nothing else.
 func TestSlowReaderBlocksOnlyItself(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		ctx, cancel := context.WithCancel(t.Context())
-		slow := w.openExec(ctx, &sandboxdv1.ExecStart{Id: id, Command: []string{"yes"}})
+		slow := openExec(ctx, w, &sandboxdv1.ExecStart{Id: id, Command: []string{"yes"}})
 		if _, err := slow.stream.Recv(); err != nil {
 			t.Fatal(err)
 		}
 		// Its output backs up until yes itself has to wait: then its processor time stands still.
 		eventually(t, time.Minute, "yes is held up", func() (bool, string) {
-			r := w.exec(id, "sh", "-c", `p=$(pidof yes); a=$(cut -d" " -f14,15 /proc/$p/stat); sleep 0.3; b=$(cut -d" " -f14,15 /proc/$p/stat); echo "$a, $b"; [ "$a" = "$b" ]`).run()
-			return r.code == 0, r.stdout + r.stderr
+			r := w.Exec(id, "sh", "-c", `p=$(pidof yes); a=$(cut -d" " -f14,15 /proc/$p/stat); sleep 0.3; b=$(cut -d" " -f14,15 /proc/$p/stat); echo "$a, $b"; [ "$a" = "$b" ]`).Run()
+			return r.Code == 0, r.Stdout + r.Stderr
 		})
 		for range 5 {
-			w.exec(id, "echo", "not held up").run().wantOut(t, "not held up\n")
+			w.Exec(id, "echo", "not held up").Run().WantOut(t, "not held up\n")
 		}
 		cancel()
 		eventually(t, 20*time.Second, "yes is gone with its reader", func() (bool, string) {
-			r := w.exec(id, "pidof", "yes").run()
-			return r.code == 1, r.stdout + r.stderr
+			r := w.Exec(id, "pidof", "yes").Run()
+			return r.Code == 1, r.Stdout + r.Stderr
 		})
 	})
 }
@@ -99,20 +99,20 @@ func TestSlowReaderBlocksOnlyItself(t *testing.T) {
 func TestGigabyteThroughExec(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
 		size := int64(1 << 30)
-		if w.isolation == "vm" && os.Getenv("SANDBOXD_E2E_FULL") == "" {
+		if w.Isolation == "vm" && os.Getenv("SANDBOXD_E2E_FULL") == "" {
 			size = 256 << 20
 		}
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		in, out := sha256.New(), &counter{hash: sha256.New()}
 		source := io.TeeReader(io.LimitReader(rand.NewChaCha8([32]byte{1}), size), in)
-		call := w.command("exec", "-i", id, "cat").withStdin(source).withStdout(out)
-		call.timeout = 10 * time.Minute
-		r := call.run()
-		r.want(t, 0)
+		call := w.Command("exec", "-i", id, "cat").WithStdin(source).WithStdout(out)
+		call.Timeout = 10 * time.Minute
+		r := call.Run()
+		r.Want(t, 0)
 		if out.n != size || string(in.Sum(nil)) != string(out.hash.Sum(nil)) {
 			t.Errorf("%d bytes went in and %d came out, hashes %x and %x", size, out.n, in.Sum(nil), out.hash.Sum(nil))
 		}
-		t.Logf("%s: %d MiB in and out took %s", w.isolation, size>>20, r.took.Round(time.Millisecond))
+		t.Logf("%s: %d MiB in and out took %s", w.Isolation, size>>20, r.Took.Round(time.Millisecond))
 	})
 }
 
@@ -128,9 +128,9 @@ func (c *counter) Write(p []byte) (int, error) {
 
 func TestExecDiesWithItsCaller(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		ctx, cancel := context.WithCancel(t.Context())
-		e := w.openExec(ctx, &sandboxdv1.ExecStart{Id: id, Command: []string{"sh", "-c", "echo ready; exec sleep 601"}})
+		e := openExec(ctx, w, &sandboxdv1.ExecStart{Id: id, Command: []string{"sh", "-c", "echo ready; exec sleep 601"}})
 		for out := ""; out != "ready\n"; {
 			m, err := e.stream.Recv()
 			if err != nil {
@@ -140,8 +140,8 @@ func TestExecDiesWithItsCaller(t *testing.T) {
 		}
 		cancel()
 		eventually(t, 20*time.Second, "its process is gone", func() (bool, string) {
-			r := w.exec(id, "sh", "-c", `grep -l '[s]leep.601' /proc/[0-9]*/cmdline`).run()
-			return r.code != 0, r.stdout
+			r := w.Exec(id, "sh", "-c", `grep -l '[s]leep.601' /proc/[0-9]*/cmdline`).Run()
+			return r.Code != 0, r.Stdout
 		})
 	})
 }
@@ -149,8 +149,8 @@ func TestExecDiesWithItsCaller(t *testing.T) {
 // Signals and the window size reach an exec'd process.
 func TestExecSignalAndResize(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
-		e := w.openExec(t.Context(), &sandboxdv1.ExecStart{
+		id := w.Start(t, busybox, "sleep", "600")
+		e := openExec(t.Context(), w, &sandboxdv1.ExecStart{
 			Id: id, Terminal: true, Stdin: true, TerminalSize: &sandboxdv1.TerminalSize{Rows: 33, Columns: 77},
 			Command: []string{"sh", "-c", `trap "stty size; exit 8" USR1; trap "stty size" WINCH; stty size; while :; do sleep 0.1; done`},
 		})
@@ -173,8 +173,8 @@ type execution struct {
 	err    error
 }
 
-func (w wall) openExec(ctx context.Context, start *sandboxdv1.ExecStart) *execution {
-	stream, err := w.workloads().Exec(ctx)
+func openExec(ctx context.Context, w wall, start *sandboxdv1.ExecStart) *execution {
+	stream, err := w.Workloads().Exec(ctx)
 	if err == nil {
 		err = stream.Send(&sandboxdv1.ExecRequest{Request: &sandboxdv1.ExecRequest_Start{Start: start}})
 	}

@@ -20,13 +20,15 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
 // configured is the busybox root as an image of two layers, the second of which deletes a file of the first, with a
 // configuration that says how to run it.
 func configured(t *testing.T) v1.Image {
 	t.Helper()
-	base, err := tarball.LayerFromFile(filepath.Join(cache, "images", "busybox.tar"))
+	base, err := tarball.LayerFromFile(filepath.Join(harness.Cache, "images", "busybox.tar"))
 	must(t, err)
 	upper, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
 		var b bytes.Buffer
@@ -66,48 +68,48 @@ func configured(t *testing.T) v1.Image {
 func wantConfigured(t *testing.T, d *daemon, reference string) {
 	t.Helper()
 	for _, iso := range isolations {
-		r := wall{d, iso}.run(reference).run()
+		r := d.Wall(iso).Run(reference).Run()
 		// ls of the file that the second layer deleted fails.
-		if r.code != 1 || r.stdout != "configured app /home/app\nby the second layer\n" {
-			t.Errorf("%s in a %s: exit code %d, stdout %q, stderr %q", reference, iso, r.code, r.stdout, r.stderr)
+		if r.Code != 1 || r.Stdout != "configured app /home/app\nby the second layer\n" {
+			t.Errorf("%s in a %s: exit code %d, stdout %q, stderr %q", reference, iso, r.Code, r.Stdout, r.Stderr)
 		}
-		r = wall{d, iso}.run("-u", "root", "-e", "GREETING=flag", "-w", "/", reference, "echo $GREETING $(id -un) $PWD").run()
-		r.wantOut(t, "flag root /\n")
+		r = d.Wall(iso).Run("-u", "root", "-e", "GREETING=flag", "-w", "/", reference, "echo $GREETING $(id -un) $PWD").Run()
+		r.WantOut(t, "flag root /\n")
 	}
 }
 
 func TestImageFromArchives(t *testing.T) {
 	d := ownDaemon(t)
-	d.watch(t)
+	d.Watch(t)
 	img := configured(t)
 	ref, err := name.NewTag("example.com/made/configured:1")
 	must(t, err)
 
 	archive := filepath.Join(t.TempDir(), "save.tar")
 	must(t, tarball.WriteToFile(archive, ref, img))
-	d.call(t, "image", "import", archive) // it names itself
+	d.Call(t, "image", "import", archive) // it names itself
 	wantConfigured(t, d, "example.com/made/configured:1")
-	d.call(t, "image", "rm", "example.com/made/configured:1")
+	d.Call(t, "image", "rm", "example.com/made/configured:1")
 
 	dir := filepath.Join(t.TempDir(), "layout")
 	path, err := layout.Write(dir, empty.Index)
 	must(t, err)
 	must(t, path.AppendImage(img))
-	d.call(t, "image", "import", "--name", "from-layout", dir)
+	d.Call(t, "image", "import", "--name", "from-layout", dir)
 	wantConfigured(t, d, "from-layout")
-	d.call(t, "image", "rm", "from-layout")
+	d.Call(t, "image", "rm", "from-layout")
 
 	in, err := os.Open(archive)
 	must(t, err)
 	defer in.Close()
-	d.command("image", "import", "--name", "from-stdin", "-").withStdin(in).run().want(t, 0)
+	d.Command("image", "import", "--name", "from-stdin", "-").WithStdin(in).Run().Want(t, 0)
 	wantConfigured(t, d, "from-stdin")
-	d.call(t, "image", "rm", "from-stdin")
+	d.Call(t, "image", "rm", "from-stdin")
 }
 
 func TestImagePull(t *testing.T) {
 	d := ownDaemon(t)
-	d.watch(t)
+	d.Watch(t)
 	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	defer server.Close()
 	host := strings.TrimPrefix(server.URL, "http://")
@@ -124,57 +126,57 @@ func TestImagePull(t *testing.T) {
 	must(t, err)
 
 	// Loopback may be plain HTTP. Progress is lines, for stderr is no terminal.
-	r := d.call(t, "image", "pull", host+"/made/multi:1")
-	if r.stderr == "" && !strings.Contains(r.stdout, "\n") {
+	r := d.Call(t, "image", "pull", host+"/made/multi:1")
+	if r.Stderr == "" && !strings.Contains(r.Stdout, "\n") {
 		t.Error("pull shows no progress")
 	}
 	wantConfigured(t, d, host+"/made/multi:1")
-	d.call(t, "image", "pull", host+"/made/multi@"+digest.String())
+	d.Call(t, "image", "pull", host+"/made/multi@"+digest.String())
 	wantConfigured(t, d, digest.String())
 
 	for _, missing := range []string{":missing", "@sha256:" + strings.Repeat("0", 64)} {
-		r := d.command("image", "pull", host+"/made/multi"+missing).run()
+		r := d.Command("image", "pull", host+"/made/multi"+missing).Run()
 		// Progress comes first.
-		said := strings.Split(strings.TrimSpace(r.stderr), "\n")
-		if last := said[len(said)-1]; r.code != 125 || !strings.Contains(last, missing) || !strings.Contains(last, "does not have it") {
-			t.Errorf("pull of what the registry lacks: exit code %d, stderr %q", r.code, r.stderr)
+		said := strings.Split(strings.TrimSpace(r.Stderr), "\n")
+		if last := said[len(said)-1]; r.Code != 125 || !strings.Contains(last, missing) || !strings.Contains(last, "does not have it") {
+			t.Errorf("pull of what the registry lacks: exit code %d, stderr %q", r.Code, r.Stderr)
 		}
 	}
-	for _, i := range strings.Fields(d.call(t, "image", "ls", "-q").stdout) {
-		d.command("image", "rm", i).run()
+	for _, i := range strings.Fields(d.Call(t, "image", "ls", "-q").Stdout) {
+		d.Command("image", "rm", i).Run()
 	}
-	if out := d.call(t, "image", "ls", "-q").stdout; out != "" {
+	if out := d.Call(t, "image", "ls", "-q").Stdout; out != "" {
 		t.Errorf("images are left after all were removed: %s", out)
 	}
 }
 
 func TestImageInUse(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		copyName := "copy-" + w.isolation
-		w.call(t, "image", "import", "--name", copyName, filepath.Join(cache, "images", "busybox.tar"))
-		id := w.create(t, copyName, "true")
+		copyName := "copy-" + w.Isolation
+		w.Call(t, "image", "import", "--name", copyName, filepath.Join(harness.Cache, "images", "busybox.tar"))
+		id := w.Create(t, copyName, "true")
 		// Another name of the same bytes goes; the last name of what a workload uses stays.
-		if names := imageNames(t, w.daemon); !strings.Contains(names, copyName) || !strings.Contains(names, busybox) {
+		if names := imageNames(t, w.Daemon); !strings.Contains(names, copyName) || !strings.Contains(names, busybox) {
 			t.Errorf("image ls shows %q", names)
 		}
-		w.call(t, "image", "rm", copyName)
-		w.command("image", "rm", busybox).run().wantError(t, 125, "use")
-		w.call(t, "start", id)
-		w.call(t, "wait", id).wantOut(t, "0\n")
-		w.call(t, "image", "inspect", busybox)
-		w.command("image", "inspect", copyName).run().wantError(t, 125, copyName)
+		w.Call(t, "image", "rm", copyName)
+		w.Command("image", "rm", busybox).Run().WantError(t, 125, "use")
+		w.Call(t, "start", id)
+		w.Call(t, "wait", id).WantOut(t, "0\n")
+		w.Call(t, "image", "inspect", busybox)
+		w.Command("image", "inspect", copyName).Run().WantError(t, 125, copyName)
 	})
 }
 
 func imageNames(t *testing.T, d *daemon) string {
 	t.Helper()
-	return d.call(t, "image", "ls").stdout
+	return d.Call(t, "image", "ls").Stdout
 }
 
 // A malformed image gets a clear error and leaves nothing: the leak check sees to the second.
 func TestMalformedImages(t *testing.T) {
 	d := shared
-	d.watch(t)
+	d.Watch(t)
 	dir := t.TempDir()
 	write := func(file string, headers ...tar.Header) string {
 		var b bytes.Buffer
@@ -204,9 +206,9 @@ func TestMalformedImages(t *testing.T) {
 			return path
 		}(),
 	} {
-		r := d.command("image", "import", "--name", "malformed", path).run()
-		t.Logf("%s: %s", what, r.stderr)
-		r.wantError(t, 125)
+		r := d.Command("image", "import", "--name", "malformed", path).Run()
+		t.Logf("%s: %s", what, r.Stderr)
+		r.WantError(t, 125)
 	}
 	if names := imageNames(t, d); strings.Contains(names, "malformed") || strings.Contains(names, "layerless") {
 		t.Errorf("a malformed image is listed:\n%s", names)
@@ -232,15 +234,15 @@ func text(t *testing.T, path, content string) string {
 
 func TestImageJSON(t *testing.T) {
 	d := shared
-	d.watch(t)
+	d.Watch(t)
 	var one struct {
 		Digest    string
 		Names     []string
 		SizeBytes string
 		Platform  string
 	}
-	r := d.call(t, "--format", "json", "image", "inspect", busybox)
-	if err := json.Unmarshal([]byte(r.stdout), &one); err != nil || !strings.HasPrefix(one.Digest, "sha256:") || one.SizeBytes == "" || len(one.Names) == 0 {
-		t.Errorf("image inspect: %v, %+v\n%s", err, one, r.stdout)
+	r := d.Call(t, "--format", "json", "image", "inspect", busybox)
+	if err := json.Unmarshal([]byte(r.Stdout), &one); err != nil || !strings.HasPrefix(one.Digest, "sha256:") || one.SizeBytes == "" || len(one.Names) == 0 {
+		t.Errorf("image inspect: %v, %+v\n%s", err, one, r.Stdout)
 	}
 }

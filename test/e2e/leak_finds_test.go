@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
 // A leak check that finds nothing proves nothing unless it finds what is there: each kind of leak is planted once.
@@ -22,7 +24,7 @@ func TestLeakCheckFinds(t *testing.T) {
 	}{
 		{"process", plantOrphan},
 		{"mount", func(t *testing.T, d *daemon) {
-			dir := filepath.Join(d.runDir, "mounted")
+			dir := filepath.Join(d.RunDir, "mounted")
 			must(t, os.Mkdir(dir, 0o700))
 			must(t, unix.Mount("leak", dir, "tmpfs", 0, ""))
 			t.Cleanup(func() {
@@ -32,7 +34,7 @@ func TestLeakCheckFinds(t *testing.T) {
 		}},
 		{"loop device", plantLoop},
 		{"cgroup", func(t *testing.T, d *daemon) {
-			dir := filepath.Join(anyHierarchy(t), d.cgroupParent(), "planted")
+			dir := filepath.Join(anyHierarchy(t), d.CgroupParent(), "planted")
 			must(t, os.MkdirAll(dir, 0o755))
 			t.Cleanup(func() { must(t, unix.Rmdir(dir)) })
 		}},
@@ -50,12 +52,12 @@ func TestLeakCheckFinds(t *testing.T) {
 		}},
 		{"network device", plantTap},
 		{"file", func(t *testing.T, d *daemon) {
-			name := filepath.Join(d.stateDir, "planted")
+			name := filepath.Join(d.StateDir, "planted")
 			must(t, os.WriteFile(name, nil, 0o600))
 			t.Cleanup(func() { must(t, os.Remove(name)) })
 		}},
 		{"file: socket", func(t *testing.T, d *daemon) {
-			l, err := net.Listen("unix", filepath.Join(d.runDir, "planted.sock"))
+			l, err := net.Listen("unix", filepath.Join(d.RunDir, "planted.sock"))
 			must(t, err)
 			t.Cleanup(func() { must(t, l.Close()) })
 		}},
@@ -65,45 +67,38 @@ func TestLeakCheckFinds(t *testing.T) {
 		}},
 	} {
 		t.Run(c.kind, func(t *testing.T) {
-			before := takeSnapshot(t, shared)
+			before := harness.TakeSnapshot(t, shared)
 			t.Run("planted", func(t *testing.T) {
 				c.plant(t, shared)
 				// Not waiting for it to go: it is there now.
-				found, err := before.leaks(shared, 0)
+				found, err := before.Leaks(shared, 0)
 				must(t, err)
 				if !slices.ContainsFunc(found, func(f string) bool { return strings.HasPrefix(f, c.kind) }) {
 					t.Errorf("planted a %s, found %q", c.kind, found)
 				}
 			})
-			before.wantNothingNew(t, shared)
+			before.WantNothingNew(t, shared)
 		})
 	}
 }
 
 // After a daemon has gone the same must be found again, so the second check is tested too.
 func TestLeakCheckFindsAfterDaemon(t *testing.T) {
-	d, err := newDaemon("leaky")
+	d, err := harness.NewDaemon("leaky")
 	must(t, err)
 	id := strings.Repeat("0123456789abcdef", 2)
-	must(t, os.MkdirAll(filepath.Join(d.stateDir, "sandbox", id), 0o700))
-	must(t, os.MkdirAll(filepath.Join(d.stateDir, "images"), 0o700))
-	err = d.removeWithin(time.Second)
+	must(t, os.MkdirAll(filepath.Join(d.StateDir, "sandbox", id), 0o700))
+	must(t, os.MkdirAll(filepath.Join(d.StateDir, "images"), 0o700))
+	err = d.RemoveWithin(time.Second)
 	if err == nil || !strings.Contains(err.Error(), id) || strings.Contains(err.Error(), "images") {
 		t.Errorf("planted the directory of a sandbox, and one that may stay; got: %v", err)
-	}
-}
-
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
 	}
 }
 
 // plantOrphan leaves a process whose parent is gone, as a daemon that was killed would.
 func plantOrphan(t *testing.T, _ *daemon) {
 	cmd := exec.Command("sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!")
-	out, err := cmd.Output()
+	out, err := harness.Output(cmd)
 	must(t, err)
 	var pid int
 	_, err = fmt.Sscan(string(out), &pid)
@@ -112,18 +107,19 @@ func plantOrphan(t *testing.T, _ *daemon) {
 }
 
 func plantLoop(t *testing.T, d *daemon) {
-	name := filepath.Join(d.stateDir, "planted.img")
+	name := filepath.Join(d.StateDir, "planted.img")
 	must(t, os.WriteFile(name, make([]byte, 1<<20), 0o600))
-	out, err := exec.Command("losetup", "--find", "--show", name).Output()
+	out, err := harness.Output(exec.Command("losetup", "--find", "--show", name))
 	must(t, err)
 	t.Cleanup(func() {
-		must(t, exec.Command("losetup", "--detach", strings.TrimSpace(string(out))).Run())
+		_, err := harness.Output(exec.Command("losetup", "--detach", strings.TrimSpace(string(out))))
+		must(t, err)
 		must(t, os.Remove(name))
 	})
 }
 
 func anyHierarchy(t *testing.T) string {
-	mounts, err := listMounts(nil)
+	mounts, err := harness.ListMounts(nil)
 	must(t, err)
 	for _, m := range mounts {
 		if strings.HasPrefix(m, "cgroup") {
@@ -146,14 +142,14 @@ func plantTap(t *testing.T, _ *daemon) {
 
 // plantDescriptor has a stand-in for the daemon open one file more.
 func plantDescriptor(t *testing.T, d *daemon) {
-	real := d.cmd
+	real := d.Cmd
 	stand := exec.Command("sleep", "60")
-	must(t, startChild(stand))
+	must(t, harness.StartChild(stand))
 	t.Cleanup(func() {
-		d.cmd = real
+		d.Cmd = real
 		must(t, stand.Process.Kill())
-		_ = waitChild(stand)
+		_ = harness.WaitChild(stand)
 	})
 	// Its three descriptors are /dev/null, which no daemon of ours has.
-	d.cmd = stand
+	d.Cmd = stand
 }

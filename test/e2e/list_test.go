@@ -17,11 +17,11 @@ import (
 
 func TestListAndFilter(t *testing.T) {
 	d := shared
-	d.watch(t)
-	c, v := wall{d, "container"}, wall{d, "vm"}
-	one := c.create(t, "--name", "one", "-l", "team=red", busybox, "true")
-	two := v.create(t, "--name", "two", "--label", "team=blue", "-l", "size=large", busybox, "true")
-	three := c.start(t, "--name", "three", "-l", "team=red", busybox, "sleep", "600")
+	d.Watch(t)
+	c, v := d.Wall("container"), d.Wall("vm")
+	one := c.Create(t, "--name", "one", "-l", "team=red", busybox, "true")
+	two := v.Create(t, "--name", "two", "--label", "team=blue", "-l", "size=large", busybox, "true")
+	three := c.Start(t, "--name", "three", "-l", "team=red", busybox, "sleep", "600")
 	for _, f := range []struct {
 		args []string
 		want []string
@@ -35,7 +35,7 @@ func TestListAndFilter(t *testing.T) {
 		{[]string{"-a", "--filter", "isolation=vm"}, []string{two}},
 		{[]string{"-a", "--filter", "isolation=container", "--filter", "state=running"}, []string{three}},
 	} {
-		got := strings.Fields(d.call(t, append([]string{"ps", "-q"}, f.args...)...).stdout)
+		got := strings.Fields(d.Call(t, append([]string{"ps", "-q"}, f.args...)...).Stdout)
 		for i, id := range got {
 			for _, full := range []string{one, two, three} {
 				if strings.HasPrefix(full, id) {
@@ -47,27 +47,27 @@ func TestListAndFilter(t *testing.T) {
 			t.Errorf("ps -q %s: got %q, want %q", strings.Join(f.args, " "), got, f.want)
 		}
 	}
-	table := d.call(t, "ps", "-a").stdout
+	table := d.Call(t, "ps", "-a").Stdout
 	for _, word := range []string{"one", "two", "three", "container", "vm", "created", "up ", busybox} {
 		if !strings.Contains(strings.ToLower(table), word) {
 			t.Errorf("ps does not show %q:\n%s", word, table)
 		}
 	}
-	if got := d.inspect(t, "two"); got.Name != "two" || got.Labels["size"] != "large" || got.ID != two {
+	if got := d.Inspect(t, "two"); got.Name != "two" || got.Labels["size"] != "large" || got.ID != two {
 		t.Errorf("inspect: %+v", got)
 	}
-	d.command("ps", "--filter", "colour=red").run().wantError(t, 125, "colour")
+	d.Command("ps", "--filter", "colour=red").Run().WantError(t, 125, "colour")
 }
 
 func TestListIsPaged(t *testing.T) {
 	d := shared
-	d.watch(t)
+	d.Watch(t)
 	var want, got []string
 	for range 5 {
-		want = append(want, wall{d, "container"}.create(t, busybox, "true"))
+		want = append(want, d.Wall("container").Create(t, busybox, "true"))
 	}
 	for token, pages := "", 0; ; pages++ {
-		r, err := d.workloads().ListWorkloads(t.Context(), &sandboxdv1.ListWorkloadsRequest{PageSize: 2, PageToken: token})
+		r, err := d.Workloads().ListWorkloads(t.Context(), &sandboxdv1.ListWorkloadsRequest{PageSize: 2, PageToken: token})
 		must(t, err)
 		if len(r.Workloads) > 2 {
 			t.Fatalf("a page of %d, asked for 2", len(r.Workloads))
@@ -89,17 +89,17 @@ func TestListIsPaged(t *testing.T) {
 
 func TestEvents(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		name := "eventful-" + w.isolation
-		id := w.create(t, "--name", name, busybox, "sh", "-c", "sleep 1; exit 3")
-		w.call(t, "start", id)
+		name := "eventful-" + w.Isolation
+		id := w.Create(t, "--name", name, busybox, "sh", "-c", "sleep 1; exit 3")
+		w.Call(t, "start", id)
 		// The past comes first, then what happens from here on.
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		stream, err := w.workloads().WatchEvents(ctx, &sandboxdv1.WatchEventsRequest{Id: id, Since: timestamppb.New(time.Now().Add(-time.Hour))})
+		stream, err := w.Workloads().WatchEvents(ctx, &sandboxdv1.WatchEventsRequest{Id: id, Since: timestamppb.New(time.Now().Add(-time.Hour))})
 		must(t, err)
-		w.exec(id, "true").run().want(t, 0)
-		w.call(t, "wait", id)
-		w.call(t, "rm", id)
+		w.Exec(id, "true").Run().Want(t, 0)
+		w.Call(t, "wait", id)
+		w.Call(t, "rm", id)
 		var got []string
 		for !slices.Contains(got, "TYPE_DELETED") {
 			m, err := stream.Recv()
@@ -128,27 +128,27 @@ func TestEvents(t *testing.T) {
 
 func TestSmallCommands(t *testing.T) {
 	d := shared
-	d.watch(t)
-	if out := d.call(t, "version").stdout; strings.Count(out, "\n") < 1 {
+	d.Watch(t)
+	if out := d.Call(t, "version").Stdout; strings.Count(out, "\n") < 1 {
 		t.Errorf("version wrote %q", out)
 	}
-	doctor := d.call(t, "doctor").stdout
+	doctor := d.Call(t, "doctor").Stdout
 	for _, word := range []string{"cgroup", "container", "vm"} {
 		if !strings.Contains(strings.ToLower(doctor), word) {
 			t.Errorf("doctor does not speak of %s:\n%s", word, doctor)
 		}
 	}
 	for _, shell := range []string{"bash", "zsh", "fish"} {
-		if out := d.call(t, "completion", shell).stdout; !strings.Contains(out, "sandboxctl") {
+		if out := d.Call(t, "completion", shell).Stdout; !strings.Contains(out, "sandboxctl") {
 			t.Errorf("completion %s wrote %q", shell, abridged(out))
 		}
 	}
 	var list any
-	if out := d.call(t, "--format", "json", "ps", "-a").stdout; json.Unmarshal([]byte(out), &list) != nil && out != "" {
+	if out := d.Call(t, "--format", "json", "ps", "-a").Stdout; json.Unmarshal([]byte(out), &list) != nil && out != "" {
 		t.Errorf("ps --format json is no JSON: %q", out)
 	}
-	d.command("no-such-command").run().want(t, 125)
-	d.command("run").run().want(t, 125)
-	nobody := &daemon{address: "unix:///run/no-such-daemon.sock"}
-	nobody.command("ps").run().wantError(t, 125, "/run/no-such-daemon.sock")
+	d.Command("no-such-command").Run().Want(t, 125)
+	d.Command("run").Run().Want(t, 125)
+	nobody := &daemon{Address: "unix:///run/no-such-daemon.sock"}
+	nobody.Command("ps").Run().WantError(t, 125, "/run/no-such-daemon.sock")
 }

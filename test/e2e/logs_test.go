@@ -15,44 +15,44 @@ func TestLogsAreCompleteAndInOrder(t *testing.T) {
 		fmt.Fprintln(&want, i+1)
 	}
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "seq", fmt.Sprint(lines))
-		w.call(t, "wait", id).wantOut(t, "0\n")
-		w.call(t, "logs", id).wantOut(t, want.String())
-		w.call(t, "logs", "--tail", "3", id).wantOut(t, "199998\n199999\n200000\n")
-		w.call(t, "logs", "--tail", "0", id).wantOut(t, "")
+		id := w.Start(t, busybox, "seq", fmt.Sprint(lines))
+		w.Call(t, "wait", id).WantOut(t, "0\n")
+		w.Call(t, "logs", id).WantOut(t, want.String())
+		w.Call(t, "logs", "--tail", "3", id).WantOut(t, "199998\n199999\n200000\n")
+		w.Call(t, "logs", "--tail", "0", id).WantOut(t, "")
 	})
 }
 
 func TestLogsKeepStreamsApart(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sh", "-c", "echo to stdout; echo to stderr >&2; printf 'no newline'")
-		w.call(t, "wait", id)
-		r := w.call(t, "logs", id)
-		if r.stdout != "to stdout\nno newline" || r.stderr != "to stderr\n" {
-			t.Errorf("stdout %q, stderr %q", r.stdout, r.stderr)
+		id := w.Start(t, busybox, "sh", "-c", "echo to stdout; echo to stderr >&2; printf 'no newline'")
+		w.Call(t, "wait", id)
+		r := w.Call(t, "logs", id)
+		if r.Stdout != "to stdout\nno newline" || r.Stderr != "to stderr\n" {
+			t.Errorf("stdout %q, stderr %q", r.Stdout, r.Stderr)
 		}
 	})
 }
 
 func TestLogsFollow(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.3; done; exit 1")
+		id := w.Start(t, busybox, "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.3; done; exit 1")
 		// Ends by itself when the workload does, with all of its output.
-		w.call(t, "logs", "-f", id).wantOut(t, "1\n2\n3\n")
-		w.call(t, "wait", id).wantOut(t, "1\n")
-		w.call(t, "logs", "-f", id).wantOut(t, "1\n2\n3\n")
+		w.Call(t, "logs", "-f", id).WantOut(t, "1\n2\n3\n")
+		w.Call(t, "wait", id).WantOut(t, "1\n")
+		w.Call(t, "logs", "-f", id).WantOut(t, "1\n2\n3\n")
 	})
 }
 
 func TestLogsByTime(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sh", "-c", "echo early; sleep 2; echo late")
+		id := w.Start(t, busybox, "sh", "-c", "echo early; sleep 2; echo late")
 		began := time.Now()
-		w.call(t, "wait", id)
+		w.Call(t, "wait", id)
 		if took := time.Since(began); took < time.Second {
 			t.Fatalf("the workload ended %s after its start: it must have slept 2 s", took)
 		}
-		stamped := w.call(t, "logs", "--timestamps", id).stdout
+		stamped := w.Call(t, "logs", "--timestamps", id).Stdout
 		line := regexp.MustCompile(`(?m)^(\d{4}-\d\d-\d\dT\S+) (early|late)$`)
 		found := line.FindAllStringSubmatch(stamped, -1)
 		if len(found) != 2 {
@@ -70,8 +70,8 @@ func TestLogsByTime(t *testing.T) {
 			t.Errorf("the lines were written 2 s apart, their times say %s", gap)
 		}
 		between := times[0].Add(times[1].Sub(times[0]) / 2)
-		w.call(t, "logs", "--since", between.Format(time.RFC3339Nano), id).wantOut(t, "late\n")
-		w.call(t, "logs", "--since", "1h", id).wantOut(t, "early\nlate\n")
+		w.Call(t, "logs", "--since", between.Format(time.RFC3339Nano), id).WantOut(t, "late\n")
+		w.Call(t, "logs", "--since", "1h", id).WantOut(t, "early\nlate\n")
 	})
 }
 
@@ -79,10 +79,10 @@ func TestLogsByTime(t *testing.T) {
 func TestLogsOfMuchOutput(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
 		// 64 MiB; the checksum is of the same bytes made on this side.
-		id := w.start(t, busybox, "sh", "-c", "yes 0123456789abcde | head -c 67108864")
-		w.call(t, "wait", id).wantOut(t, "0\n")
+		id := w.Start(t, busybox, "sh", "-c", "yes 0123456789abcde | head -c 67108864")
+		w.Call(t, "wait", id).WantOut(t, "0\n")
 		out := &lineChecker{line: "0123456789abcde\n"}
-		w.command("logs", id).withStdout(out).run().want(t, 0)
+		w.Command("logs", id).WithStdout(out).Run().Want(t, 0)
 		if out.n != 64<<20 || out.wrong != "" {
 			t.Errorf("got %d bytes of %d; first wrong: %q", out.n, 64<<20, out.wrong)
 		}

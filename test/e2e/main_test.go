@@ -3,101 +3,42 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
-	"path/filepath"
-	"slices"
 	"testing"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
-// Where make puts what we need, from this directory.
-const (
-	root  = "../.."
-	cache = root + "/.cache"
+// What nearly every scenario says.
+type (
+	daemon     = harness.Daemon
+	wall       = harness.Wall
+	invocation = harness.Invocation
+	result     = harness.Result
 )
 
-// Names under which TestMain imports the two images.
 const (
-	busybox = "busybox"
-	debian  = "debian:12"
+	busybox = harness.Busybox
+	debian  = harness.Debian
 )
 
 var (
-	// The daemon most scenarios share; those that hurt a daemon start their own.
-	shared *daemon
-	// Absolute paths.
-	sandboxctl, sandboxd, guestKernel string
+	isolations = harness.Isolations
+	must       = harness.Must
+	eventually = harness.Eventually
+	abridged   = harness.Abridged
+	ownDaemon  = harness.OwnDaemon
 )
 
+// The daemon most scenarios share; those that hurt a daemon start their own.
+var shared *daemon
+
 func TestMain(m *testing.M) {
-	code, err := testMain(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "e2e:", err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(harness.Main(m, "shared", []string{busybox, debian}, func(d *daemon) { shared = d }))
 }
 
-func testMain(m *testing.M) (code int, err error) {
-	if err := findParts(); err != nil {
-		return 1, err
-	}
-	if err := adoptOrphans(); err != nil {
-		return 1, err
-	}
-	cleanUpOnSignal()
-	if idDir, err = os.MkdirTemp("/run", "sandboxd-e2e-ids-"); err != nil {
-		return 1, err
-	}
-	defer os.RemoveAll(idDir)
-	if shared, err = newDaemon("shared"); err != nil {
-		return 1, err
-	}
-	defer func() {
-		if e := shared.remove(); e != nil && err == nil {
-			err = e
-		}
-	}()
-	if err := shared.start(); err != nil {
-		return 1, err
-	}
-	for name, file := range map[string]string{busybox: "busybox.tar", debian: "debian.tar"} {
-		if err := shared.importImage(name, file); err != nil {
-			return 1, err
-		}
-	}
-	// What a daemon makes once and keeps (templates, caches) is not a leak: have it made before the first snapshot.
-	for _, iso := range isolations {
-		if r := shared.command("run", "--rm", "--isolation", iso, busybox, "true").run(); r.code != 0 {
-			return 1, fmt.Errorf("cannot run the first workload in a %s: exit code %d\n%s\n%s", iso, r.code, r.stderr, shared.logTail())
-		}
-	}
-	return m.Run(), nil
-}
-
-// findParts looks for everything that make fetches and builds.
-func findParts() error {
-	if os.Getuid() != 0 {
-		return fmt.Errorf("need root to build sandboxes: run make test-e2e as root")
-	}
-	for _, p := range []struct {
-		path *string
-		name string
-	}{{&sandboxctl, "sandboxctl"}, {&sandboxd, "sandboxd"}} {
-		path, err := filepath.Abs(filepath.Join(root, "bin", p.name))
-		if err != nil {
-			return err
-		}
-		if _, err := os.Stat(path); err != nil {
-			return fmt.Errorf("%w: run make build", err)
-		}
-		*p.path = path
-	}
-	kernels, err := filepath.Glob(cache + "/kernel/boot/vmlinuz-*")
-	if err != nil || len(kernels) == 0 {
-		return fmt.Errorf("no guest kernel in .cache/kernel: run make test-assets")
-	}
-	slices.Sort(kernels)
-	guestKernel, err = filepath.Abs(kernels[len(kernels)-1])
-	return err
+// both runs a scenario once behind each wall of the shared daemon, and looks for leftovers after each.
+func both(t *testing.T, scenario func(t *testing.T, w wall)) {
+	t.Helper()
+	harness.Both(t, shared, scenario)
 }

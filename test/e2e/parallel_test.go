@@ -5,6 +5,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
 // Ten at once; the leak check says what is left afterwards.
@@ -14,14 +16,14 @@ func TestTenParallelRuns(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range crowd {
 			wg.Go(func() {
-				r := w.run(busybox, "sh", "-c", fmt.Sprintf("echo %d; echo written > /file; exit %d", i, 10+i)).run()
-				if r.code != 10+i || r.stdout != fmt.Sprintf("%d\n", i) {
-					t.Errorf("run %d: exit code %d, wrote %q; stderr: %s", i, r.code, r.stdout, r.stderr)
+				r := w.Run(busybox, "sh", "-c", fmt.Sprintf("echo %d; echo written > /file; exit %d", i, 10+i)).Run()
+				if r.Code != 10+i || r.Stdout != fmt.Sprintf("%d\n", i) {
+					t.Errorf("run %d: exit code %d, wrote %q; stderr: %s", i, r.Code, r.Stdout, r.Stderr)
 				}
 			})
 		}
 		wg.Wait()
-		if out := w.call(t, "ps", "-a", "-q").stdout; out != "" {
+		if out := w.Call(t, "ps", "-a", "-q").Stdout; out != "" {
 			t.Errorf("workloads are left: %s", out)
 		}
 	})
@@ -30,15 +32,15 @@ func TestTenParallelRuns(t *testing.T) {
 // Both kinds side by side, and nothing of either in the host's mount table while they run.
 func TestNothingInTheHostsMountTable(t *testing.T) {
 	d := shared
-	d.watch(t)
-	before, err := listMounts(d)
+	d.Watch(t)
+	before, err := harness.ListMounts(d)
 	must(t, err)
 	for _, iso := range isolations {
-		w := wall{d, iso}
-		id := w.start(t, busybox, "sleep", "600")
-		w.exec(id, "true").run().want(t, 0)
+		w := d.Wall(iso)
+		id := w.Start(t, busybox, "sleep", "600")
+		w.Exec(id, "true").Run().Want(t, 0)
 	}
-	after, err := listMounts(d)
+	after, err := harness.ListMounts(d)
 	must(t, err)
 	if a, b := strings.Join(after, "\n"), strings.Join(before, "\n"); a != b {
 		t.Errorf("before:\n%s\nwhile running:\n%s", b, a)
@@ -48,35 +50,35 @@ func TestNothingInTheHostsMountTable(t *testing.T) {
 // Several daemons with directories of their own do not know of each other.
 func TestTwoDaemons(t *testing.T) {
 	other := ownDaemon(t)
-	other.watch(t)
-	shared.watch(t)
+	other.Watch(t)
+	shared.Watch(t)
 	for _, iso := range isolations {
 		for _, d := range []*daemon{shared, other} {
-			w := wall{d, iso}
-			id := w.start(t, "--name", "same-name-"+iso, busybox, "sh", "-c", "echo "+d.name+"; exec sleep 600")
-			d.waitForLog(t, id, d.name)
+			w := d.Wall(iso)
+			id := w.Start(t, "--name", "same-name-"+iso, busybox, "sh", "-c", "echo "+d.Name+"; exec sleep 600")
+			d.WaitForLog(t, id, d.Name)
 		}
 	}
-	a, b := shared.call(t, "ps", "-q").stdout, other.call(t, "ps", "-q").stdout
+	a, b := shared.Call(t, "ps", "-q").Stdout, other.Call(t, "ps", "-q").Stdout
 	if len(strings.Fields(a)) != 2 || len(strings.Fields(b)) != 2 {
 		t.Errorf("one daemon lists %q, the other %q; want two each", a, b)
 	}
 	for _, id := range strings.Fields(a) {
-		other.command("inspect", id).run().wantError(t, 125, "no workload")
+		other.Command("inspect", id).Run().WantError(t, 125, "no workload")
 	}
-	must(t, other.terminate())
+	must(t, other.Terminate())
 	for _, iso := range isolations {
-		shared.call(t, "exec", "same-name-"+iso, "true")
+		shared.Call(t, "exec", "same-name-"+iso, "true")
 	}
-	other.mustStart(t)
+	other.MustStart(t)
 	for _, iso := range isolations {
-		other.call(t, "exec", "same-name-"+iso, "true")
+		other.Call(t, "exec", "same-name-"+iso, "true")
 	}
 	// A third with the directories of a living one is refused.
-	third, err := newDaemon("third", "--run-dir", other.runDir, "--state-dir", other.stateDir)
+	third, err := harness.NewDaemon("third", "--run-dir", other.RunDir, "--state-dir", other.StateDir)
 	must(t, err)
-	if err := third.start(); err == nil || !strings.Contains(err.Error(), "another sandboxd") {
+	if err := third.Start(); err == nil || !strings.Contains(err.Error(), "another sandboxd") {
 		t.Errorf("a second daemon on the same directories: %v", err)
 	}
-	must(t, third.discard())
+	must(t, third.Discard())
 }

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
 const testPolicy = `version: 1
@@ -34,7 +36,7 @@ func policyFile(t *testing.T, source string) string {
 func TestPolicyDecides(t *testing.T) {
 	file := policyFile(t, testPolicy)
 	d := ownDaemon(t, "--policy", file)
-	d.watch(t)
+	d.Watch(t)
 
 	for _, c := range []struct {
 		what         string
@@ -47,14 +49,14 @@ func TestPolicyDecides(t *testing.T) {
 		{"what suffices may be demanded", []string{"--label", "origin=ours", "--isolation", "container"}, "ISOLATION_CONTAINER", "own-code", "we wrote it"},
 		{"more may be demanded", []string{"--label", "origin=ours", "--isolation", "vm"}, "ISOLATION_VM", "own-code", "we wrote it"},
 	} {
-		w := wall{d, "auto"}
-		id := w.create(t, append(c.flags, busybox, "true")...)
-		got := d.inspect(t, id).Status
+		w := d.Wall("auto")
+		id := w.Create(t, append(c.flags, busybox, "true")...)
+		got := d.Inspect(t, id).Status
 		if got.Isolation != c.isolation || got.Decision.Rule != c.rule || !strings.Contains(got.Decision.Reason, c.reason) {
 			t.Errorf("%s: got %+v, want %s by rule %s", c.what, got, c.isolation, c.rule)
 		}
-		d.call(t, "start", id)
-		d.call(t, "wait", id).wantOut(t, "0\n")
+		d.Call(t, "start", id)
+		d.Call(t, "wait", id).WantOut(t, "0\n")
 	}
 
 	for _, c := range []struct {
@@ -66,12 +68,12 @@ func TestPolicyDecides(t *testing.T) {
 		{"denied by a rule", []string{"--label", "origin=ours", "--cap-add", "NET_ADMIN"}, []string{"no-raw-sockets", "nobody configures networks here"}},
 		{"no rule matches", nil, []string{"default"}},
 	} {
-		r := d.command(append(append([]string{"run"}, c.flags...), busybox, "true")...).run()
-		t.Log(c.what, r.stderr)
-		r.wantError(t, 125, c.words...)
+		r := d.Command(append(append([]string{"run"}, c.flags...), busybox, "true")...).Run()
+		t.Log(c.what, r.Stderr)
+		r.WantError(t, 125, c.words...)
 	}
-	d.call(t, "ps", "-a", "-q") // what was refused left no record, but for the four of above
-	if n := strings.Count(d.call(t, "ps", "-a", "-q").stdout, "\n"); n != 4 {
+	d.Call(t, "ps", "-a", "-q") // what was refused left no record, but for the four of above
+	if n := strings.Count(d.Call(t, "ps", "-a", "-q").Stdout, "\n"); n != 4 {
 		t.Errorf("%d workloads are recorded, want 4", n)
 	}
 }
@@ -79,30 +81,30 @@ func TestPolicyDecides(t *testing.T) {
 func TestPolicyIsExplained(t *testing.T) {
 	file := policyFile(t, testPolicy)
 	d := ownDaemon(t, "--policy", file)
-	d.watch(t)
-	out := d.call(t, "policy", "explain", "--label", "origin=stranger", busybox).stdout
+	d.Watch(t)
+	out := d.Call(t, "policy", "explain", "--label", "origin=stranger", busybox).Stdout
 	for _, word := range []string{"vm", "strangers-code", "we did not write it", "own-code"} {
 		if !strings.Contains(out, word) {
 			t.Errorf("policy explain does not say %q:\n%s", word, out)
 		}
 	}
 	// A denial is an answer, and says who denies.
-	r := d.command("policy", "explain", "--cap-add", "NET_ADMIN", busybox).run()
-	if !strings.Contains(r.stdout, "no-raw-sockets") {
-		t.Errorf("policy explain of what is denied: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	r := d.Command("policy", "explain", "--cap-add", "NET_ADMIN", busybox).Run()
+	if !strings.Contains(r.Stdout, "no-raw-sockets") {
+		t.Errorf("policy explain of what is denied: exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 	}
-	if out := d.call(t, "policy", "show").stdout; !strings.Contains(out, "strangers-code") {
+	if out := d.Call(t, "policy", "show").Stdout; !strings.Contains(out, "strangers-code") {
 		t.Errorf("policy show wrote %q", out)
 	}
-	if out := d.call(t, "ps", "-a", "-q").stdout; out != "" {
+	if out := d.Call(t, "ps", "-a", "-q").Stdout; out != "" {
 		t.Errorf("explaining made workloads: %s", out)
 	}
 }
 
 func TestPolicyCheck(t *testing.T) {
 	d := shared
-	d.watch(t)
-	d.call(t, "policy", "check", policyFile(t, testPolicy))
+	d.Watch(t)
+	d.Call(t, "policy", "check", policyFile(t, testPolicy))
 	for what, c := range map[string]struct{ from, to, says string }{
 		"unknown field":      {"reason: we wrote it", "reasn: we wrote it", "reasn"},
 		"no such isolation":  {"isolation: vm", "isolation: jail", "jail"},
@@ -115,32 +117,32 @@ func TestPolicyCheck(t *testing.T) {
 		if broken == testPolicy {
 			t.Fatalf("%s: nothing to replace", what)
 		}
-		r := d.command("policy", "check", policyFile(t, broken)).run()
-		if r.code == 0 || !strings.Contains(r.stderr+r.stdout, c.says) {
-			t.Errorf("%s: exit code %d, want an error that says %q; got %s%s", what, r.code, c.says, r.stdout, r.stderr)
+		r := d.Command("policy", "check", policyFile(t, broken)).Run()
+		if r.Code == 0 || !strings.Contains(r.Stderr+r.Stdout, c.says) {
+			t.Errorf("%s: exit code %d, want an error that says %q; got %s%s", what, r.Code, c.says, r.Stdout, r.Stderr)
 		}
 		// The daemon must not run on a policy that is not what its author meant.
-		bad, err := newDaemon("bad-policy", "--policy", policyFile(t, broken))
+		bad, err := harness.NewDaemon("bad-policy", "--policy", policyFile(t, broken))
 		must(t, err)
-		if err := bad.start(); err == nil {
+		if err := bad.Start(); err == nil {
 			t.Errorf("%s: the daemon started", what)
 		}
-		must(t, bad.remove())
+		must(t, bad.Remove())
 	}
 }
 
 // Without a policy file callers choose, and auto means vm.
 func TestWithoutPolicy(t *testing.T) {
 	d := shared
-	d.watch(t)
+	d.Watch(t)
 	for _, c := range []struct{ asked, want string }{
 		{"container", "ISOLATION_CONTAINER"}, {"vm", "ISOLATION_VM"}, {"auto", "ISOLATION_VM"},
 	} {
-		id := wall{d, c.asked}.create(t, busybox, "true")
-		got := d.inspect(t, id).Status
+		id := d.Wall(c.asked).Create(t, busybox, "true")
+		got := d.Inspect(t, id).Status
 		if got.Isolation != c.want || got.Decision.Rule != "no-policy" {
 			t.Errorf("--isolation %s: %+v", c.asked, got)
 		}
 	}
-	d.command("create", "--isolation", "jail", busybox).run().wantError(t, 125, "jail")
+	d.Command("create", "--isolation", "jail", busybox).Run().WantError(t, 125, "jail")
 }

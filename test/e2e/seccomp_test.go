@@ -26,13 +26,13 @@ const noDirectories = `{"defaultAction": "SCMP_ACT_ALLOW", "archMap": [{"archite
 // Another filter than the default one where the rule that matches grants it, and there it is what was asked for.
 func TestSeccompAsTheRuleGrants(t *testing.T) {
 	d := ownDaemon(t, "--policy", policyFile(t, seccompPolicy))
-	d.watch(t)
+	d.Watch(t)
 	profile := filepath.Join(t.TempDir(), "profile.json")
 	must(t, os.WriteFile(profile, []byte(noDirectories), 0o600))
 	custom, none := "seccomp="+profile, "seccomp=unconfined"
 	const script = "grep -E '^Seccomp:' /proc/self/status; unshare -U true && echo namespace; mkdir /tmp/x && echo directory"
 	for _, iso := range isolations {
-		w := wall{d, iso}
+		w := d.Wall(iso)
 		for _, c := range []struct {
 			what  string
 			flags []string
@@ -43,21 +43,21 @@ func TestSeccompAsTheRuleGrants(t *testing.T) {
 			{"a profile", []string{"--label", "filter", "--security-opt", custom}, "Seccomp:\t2\nnamespace\n", "Disk quota exceeded"},
 			{"none", []string{"--label", "filter", "--security-opt", none}, "namespace\ndirectory\n", ""},
 		} {
-			r := w.run(append(c.flags, busybox, "sh", "-c", script)...).run()
+			r := w.Run(append(c.flags, busybox, "sh", "-c", script)...).Run()
 			// Without a filter of its own a process is as its agent: that one is not filtered either.
-			if got := strings.TrimPrefix(r.stdout, "Seccomp:\t0\n"); got != c.out || !strings.Contains(r.stderr, c.says) {
-				t.Errorf("%s in a %s: exit code %d, stdout %q, stderr %q", c.what, iso, r.code, r.stdout, r.stderr)
+			if got := strings.TrimPrefix(r.Stdout, "Seccomp:\t0\n"); got != c.out || !strings.Contains(r.Stderr, c.says) {
+				t.Errorf("%s in a %s: exit code %d, stdout %q, stderr %q", c.what, iso, r.Code, r.Stdout, r.Stderr)
 			}
 		}
 		for _, opt := range []string{custom, none} {
-			w.run("--security-opt", opt, busybox, "true").run().wantError(t, 125, "default-filter", "seccomp: any")
-			wall{shared, iso}.run("--security-opt", opt, busybox, "true").run().wantError(t, 125, "without a policy")
+			w.Run("--security-opt", opt, busybox, "true").Run().WantError(t, 125, "default-filter", "seccomp: any")
+			shared.Wall(iso).Run("--security-opt", opt, busybox, "true").Run().WantError(t, 125, "without a policy")
 		}
 	}
-	if out := d.call(t, "policy", "explain", "--security-opt", none, busybox).stdout; !strings.Contains(out, "denied") {
+	if out := d.Call(t, "policy", "explain", "--security-opt", none, busybox).Stdout; !strings.Contains(out, "denied") {
 		t.Errorf("policy explain wrote %q", out)
 	}
 	broken := filepath.Join(t.TempDir(), "broken.json")
 	must(t, os.WriteFile(broken, []byte(strings.Replace(noDirectories, "syscalls", "syscals", 1)), 0o600))
-	d.command("create", "--label", "filter", "--security-opt", "seccomp="+broken, busybox, "true").run().wantError(t, 125, "syscals")
+	d.Command("create", "--label", "filter", "--security-opt", "seccomp="+broken, busybox, "true").Run().WantError(t, 125, "syscals")
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
 // terminal is a person at a terminal: what they type goes in, what they see piles up.
@@ -78,16 +80,16 @@ func (p *terminal) shows(t *testing.T, text string) {
 // at runs sandboxctl as a person at a terminal would: it is the session's leader, and the terminal is its own.
 func (p *terminal) at(t *testing.T, slave *os.File, i *invocation) (exited func() int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
-	cmd := i.cmd(ctx)
+	ctx, cancel := context.WithTimeout(t.Context(), harness.CallTimeout)
+	cmd := i.Cmd(ctx)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0}
-	must(t, startChild(cmd))
+	must(t, harness.StartChild(cmd))
 	must(t, slave.Close())
 	var once sync.Once
 	exited = func() int {
 		once.Do(func() {
-			_ = waitChild(cmd)
+			_ = harness.WaitChild(cmd)
 			cancel()
 		})
 		return cmd.ProcessState.ExitCode()
@@ -98,13 +100,13 @@ func (p *terminal) at(t *testing.T, slave *os.File, i *invocation) (exited func(
 
 func TestTerminal(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, busybox, "sleep", "600")
+		id := w.Start(t, busybox, "sleep", "600")
 		for _, c := range []struct {
 			what string
 			call *invocation
 		}{
-			{"exec", w.command("exec", "-i", "-t", id, "sh")},
-			{"run", w.run("-it", busybox, "sh")},
+			{"exec", w.Command("exec", "-i", "-t", id, "sh")},
+			{"run", w.Run("-it", busybox, "sh")},
 		} {
 			p, slave := openTerminal(t, 41, 99)
 			exited := p.at(t, slave, c.call)
@@ -137,21 +139,21 @@ func TestTerminal(t *testing.T) {
 // A terminal inside needs none outside: scripts ask for one to see what a person would.
 func TestTerminalWithoutOne(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		r := w.run("-t", busybox, "sh", "-c", "tty; echo to stderr >&2").run()
-		if r.code != 0 || r.stdout != "/dev/pts/0\r\nto stderr\r\n" || r.stderr != "" {
-			t.Errorf("exit code %d, stdout %q, stderr %q; want one stream as a terminal gives it", r.code, r.stdout, r.stderr)
+		r := w.Run("-t", busybox, "sh", "-c", "tty; echo to stderr >&2").Run()
+		if r.Code != 0 || r.Stdout != "/dev/pts/0\r\nto stderr\r\n" || r.Stderr != "" {
+			t.Errorf("exit code %d, stdout %q, stderr %q; want one stream as a terminal gives it", r.Code, r.Stdout, r.Stderr)
 		}
 	})
 }
 
 func TestAttach(t *testing.T) {
 	both(t, func(t *testing.T, w wall) {
-		id := w.start(t, "-i", busybox, "sh", "-c", "while read line; do echo got $line; done; exit 11")
-		r := w.command("attach", id).withStdin(strings.NewReader("one\ntwo\n")).run()
+		id := w.Start(t, "-i", busybox, "sh", "-c", "while read line; do echo got $line; done; exit 11")
+		r := w.Command("attach", id).WithStdin(strings.NewReader("one\ntwo\n")).Run()
 		// The end of our input is the end of its input, and attach ends with its code.
-		r.want(t, 11)
-		if r.stdout != "got one\ngot two\n" {
-			t.Errorf("attach wrote %q", r.stdout)
+		r.Want(t, 11)
+		if r.Stdout != "got one\ngot two\n" {
+			t.Errorf("attach wrote %q", r.Stdout)
 		}
 	})
 }

@@ -1,4 +1,4 @@
-package e2e
+package harness
 
 import (
 	"bufio"
@@ -15,16 +15,16 @@ import (
 	"time"
 )
 
-// snapshot is everything that a daemon of ours has on this host, kind by kind: what is there, and how to name it.
-type snapshot map[string]map[string]bool
+// Snapshot is everything that a daemon of ours has on this host, kind by kind: what is there, and how to name it.
+type Snapshot map[string]map[string]bool
 
 // kinds of things a sandbox is made of, each with how to list those that are d's.
 var kinds = []struct {
 	name string
-	list func(d *daemon) ([]string, error)
+	list func(d *Daemon) ([]string, error)
 }{
 	{"process", listProcesses},
-	{"mount", listMounts},
+	{"mount", ListMounts},
 	{"loop device", listLoops},
 	{"cgroup", listCgroups},
 	{"network namespace", listNetworkNamespaces},
@@ -37,7 +37,7 @@ var kinds = []struct {
 // memory, an autoclear loop device, a connection's last descriptor.
 const settleTimeout = 15 * time.Second
 
-func takeSnapshot(t *testing.T, d *daemon) snapshot {
+func TakeSnapshot(t *testing.T, d *Daemon) Snapshot {
 	t.Helper()
 	s, err := look(d)
 	if err != nil {
@@ -46,8 +46,8 @@ func takeSnapshot(t *testing.T, d *daemon) snapshot {
 	return s
 }
 
-func look(d *daemon) (snapshot, error) {
-	s := snapshot{}
+func look(d *Daemon) (Snapshot, error) {
+	s := Snapshot{}
 	for _, k := range kinds {
 		found, err := k.list(d)
 		if err != nil {
@@ -62,7 +62,7 @@ func look(d *daemon) (snapshot, error) {
 }
 
 // newIn names what is there after and was not before.
-func (before snapshot) newIn(after snapshot) []string {
+func (before Snapshot) newIn(after Snapshot) []string {
 	var found []string
 	for kind, things := range after {
 		for thing := range things {
@@ -75,8 +75,8 @@ func (before snapshot) newIn(after snapshot) []string {
 	return found
 }
 
-// leaks waits for everything that was not there before to go, and names what stays.
-func (before snapshot) leaks(d *daemon, within time.Duration) ([]string, error) {
+// Leaks waits for everything that was not there before to go, and names what stays.
+func (before Snapshot) Leaks(d *Daemon, within time.Duration) ([]string, error) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for deadline := time.Now().Add(within); ; <-tick.C {
@@ -91,9 +91,9 @@ func (before snapshot) leaks(d *daemon, within time.Duration) ([]string, error) 
 	}
 }
 
-func (before snapshot) wantNothingNew(t *testing.T, d *daemon) {
+func (before Snapshot) WantNothingNew(t *testing.T, d *Daemon) {
 	t.Helper()
-	found, err := before.leaks(d, settleTimeout)
+	found, err := before.Leaks(d, settleTimeout)
 	if err != nil {
 		t.Error(err)
 	}
@@ -104,9 +104,9 @@ func (before snapshot) wantNothingNew(t *testing.T, d *daemon) {
 
 // leftAfterDaemon names what is on the host after a daemon has removed its workloads and ended, but for the two
 // directories it was given and the images and records in them.
-func leftAfterDaemon(d *daemon, within time.Duration) ([]string, error) {
+func leftAfterDaemon(d *Daemon, within time.Duration) ([]string, error) {
 	own := map[string]bool{}
-	for _, dir := range []string{d.runDir, d.stateDir} {
+	for _, dir := range []string{d.RunDir, d.StateDir} {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			return nil, err
@@ -115,7 +115,7 @@ func leftAfterDaemon(d *daemon, within time.Duration) ([]string, error) {
 			own[filepath.Join(dir, e.Name())] = true
 		}
 	}
-	before := snapshot{"file": {}}
+	before := Snapshot{"file": {}}
 	files, err := listFiles(d)
 	if err != nil {
 		return nil, err
@@ -123,13 +123,13 @@ func leftAfterDaemon(d *daemon, within time.Duration) ([]string, error) {
 	for _, f := range files {
 		// Empty directories, images and records may stay. A socket, or anything of a sandbox, may not.
 		sandbox := strings.Contains(f, "/sandbox/") || strings.HasPrefix(f, "socket ")
-		before["file"][f] = own[f] || !sandbox && strings.HasPrefix(f, d.stateDir) || strings.HasPrefix(f, "directory ") && !hasID(f)
+		before["file"][f] = own[f] || !sandbox && strings.HasPrefix(f, d.StateDir) || strings.HasPrefix(f, "directory ") && !hasID(f)
 	}
 	if before["mount"], err = mountsElsewhere(d); err != nil {
 		return nil, err
 	}
 	before["network device"] = hostNetwork
-	return before.leaks(d, within)
+	return before.Leaks(d, within)
 }
 
 // hasID reports whether a path names a workload: 32 hexadecimal digits.
@@ -155,7 +155,7 @@ var hostNetwork = func() map[string]bool {
 	return found
 }()
 
-func listProcesses(d *daemon) ([]string, error) {
+func listProcesses(d *Daemon) ([]string, error) {
 	var found []string
 	spawners := map[int]bool{}
 	for _, p := range descendants() {
@@ -169,7 +169,7 @@ func listProcesses(d *daemon) ([]string, error) {
 			spawners[p.parent] = true
 			continue
 		}
-		found = append(found, fmt.Sprintf("%d %s, child of %d: %s", p.pid, p.name, p.parent, strings.ReplaceAll(abridged(string(command)), "\x00", " ")))
+		found = append(found, fmt.Sprintf("%d %s, child of %d: %s", p.pid, p.name, p.parent, strings.ReplaceAll(Abridged(string(command)), "\x00", " ")))
 	}
 	return found, nil
 }
@@ -179,7 +179,7 @@ func listProcesses(d *daemon) ([]string, error) {
 // on top of one of these.
 var sandboxMounts = map[string]bool{"overlay": true, "erofs": true, "ext4": true, "nsfs": true, "cgroup": true, "cgroup2": true}
 
-func listMounts(d *daemon) ([]string, error) {
+func ListMounts(d *Daemon) ([]string, error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
@@ -191,7 +191,7 @@ func listMounts(d *daemon) ([]string, error) {
 		// id parent major:minor root where options … - type source options
 		fields := strings.Fields(lines.Text())
 		rest := fields[slices.Index(fields, "-")+1:]
-		ours := d != nil && (strings.Contains(lines.Text(), d.runDir) || strings.Contains(lines.Text(), d.stateDir))
+		ours := d != nil && (strings.Contains(lines.Text(), d.RunDir) || strings.Contains(lines.Text(), d.StateDir))
 		if !ours && !sandboxMounts[rest[0]] {
 			continue
 		}
@@ -201,19 +201,19 @@ func listMounts(d *daemon) ([]string, error) {
 }
 
 // mountsElsewhere are those that have nothing to do with d's directories.
-func mountsElsewhere(d *daemon) (map[string]bool, error) {
-	all, err := listMounts(d)
+func mountsElsewhere(d *Daemon) (map[string]bool, error) {
+	all, err := ListMounts(d)
 	if err != nil {
 		return nil, err
 	}
 	found := map[string]bool{}
 	for _, m := range all {
-		found[m] = !strings.Contains(m, d.runDir) && !strings.Contains(m, d.stateDir)
+		found[m] = !strings.Contains(m, d.RunDir) && !strings.Contains(m, d.StateDir)
 	}
 	return found, nil
 }
 
-func listLoops(d *daemon) ([]string, error) {
+func listLoops(d *Daemon) ([]string, error) {
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		return nil, err
@@ -225,7 +225,7 @@ func listLoops(d *daemon) ([]string, error) {
 			continue // detached meanwhile
 		}
 		// An image's, kept for the next workload, is the daemon's own.
-		if b := string(backing); strings.HasPrefix(b, d.stateDir) && !strings.HasPrefix(b, d.stateDir+"/images/") {
+		if b := string(backing); strings.HasPrefix(b, d.StateDir) && !strings.HasPrefix(b, d.StateDir+"/images/") {
 			found = append(found, fmt.Sprintf("%s backed by %s", strings.Split(f, "/")[3], strings.TrimSpace(b)))
 		}
 	}
@@ -233,8 +233,8 @@ func listLoops(d *daemon) ([]string, error) {
 }
 
 // cgroupParents are the directories of d's own group, one in each hierarchy that has it.
-func cgroupParents(d *daemon) ([]string, error) {
-	mounts, err := listMounts(d)
+func cgroupParents(d *Daemon) ([]string, error) {
+	mounts, err := ListMounts(d)
 	if err != nil {
 		return nil, err
 	}
@@ -243,7 +243,7 @@ func cgroupParents(d *daemon) ([]string, error) {
 		if !strings.HasPrefix(m, "cgroup") {
 			continue
 		}
-		parent := filepath.Join(strings.TrimSuffix(strings.Fields(m)[2], ","), d.cgroupParent())
+		parent := filepath.Join(strings.TrimSuffix(strings.Fields(m)[2], ","), d.CgroupParent())
 		if _, err := os.Stat(parent); err == nil {
 			found = append(found, parent)
 		}
@@ -252,7 +252,7 @@ func cgroupParents(d *daemon) ([]string, error) {
 }
 
 // listCgroups finds the groups of d's workloads in every hierarchy there is.
-func listCgroups(d *daemon) ([]string, error) {
+func listCgroups(d *Daemon) ([]string, error) {
 	parents, err := cgroupParents(d)
 	if err != nil {
 		return nil, err
@@ -274,7 +274,7 @@ func listCgroups(d *daemon) ([]string, error) {
 
 // listNetworkNamespaces finds those that something other than this process's own namespace keeps alive: a name in
 // /run/netns, or a process below us. (One that a descriptor keeps is found among the daemon's descriptors.)
-func listNetworkNamespaces(*daemon) ([]string, error) {
+func listNetworkNamespaces(*Daemon) ([]string, error) {
 	found := map[string]bool{}
 	names, err := filepath.Glob("/run/netns/*")
 	if err != nil {
@@ -295,7 +295,7 @@ func listNetworkNamespaces(*daemon) ([]string, error) {
 	return slices.Collect(maps.Keys(found)), nil
 }
 
-func listNetworkDevices(*daemon) ([]string, error) {
+func listNetworkDevices(*Daemon) ([]string, error) {
 	entries, err := os.ReadDir("/sys/class/net")
 	if err != nil {
 		return nil, err
@@ -312,16 +312,16 @@ func listNetworkDevices(*daemon) ([]string, error) {
 var kept = regexp.MustCompile(`^disk-templates/ext4-\d+-\d+$|` + // a formatted disk of each size
 	`^microvm/(kernel|initramfs)$|^microvm/kernel/[0-9a-f]{64}(/release|/vmlinux)?$|^microvm/initramfs/[0-9a-f]{64}\.cpio$`) // of the guest kernel
 
-func listFiles(d *daemon) ([]string, error) {
+func listFiles(d *Daemon) ([]string, error) {
 	var found []string
-	for _, dir := range []string{d.runDir, d.stateDir, idDir} {
+	for _, dir := range []string{d.RunDir, d.StateDir, idDir} {
 		err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 			switch {
 			case errors.Is(err, fs.ErrNotExist):
 				return nil // removed meanwhile
 			case err != nil:
 				return err
-			case kept.MatchString(strings.TrimPrefix(path, d.stateDir+"/")):
+			case kept.MatchString(strings.TrimPrefix(path, d.StateDir+"/")):
 			case e.Type()&fs.ModeSocket != 0:
 				found = append(found, "socket "+path)
 			case e.IsDir():
@@ -340,11 +340,11 @@ func listFiles(d *daemon) ([]string, error) {
 
 // listDescriptors counts what the daemon holds open by what it is, so that what is opened anew under another number is
 // no leak, and one more of the same is.
-func listDescriptors(d *daemon) ([]string, error) {
+func listDescriptors(d *Daemon) ([]string, error) {
 	if !d.running() {
 		return nil, nil
 	}
-	return descriptorsOf(d.cmd.Process.Pid)
+	return descriptorsOf(d.Cmd.Process.Pid)
 }
 
 func descriptorsOf(pid int) ([]string, error) {

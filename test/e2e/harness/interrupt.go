@@ -1,4 +1,4 @@
-package e2e
+package harness
 
 import (
 	"errors"
@@ -16,17 +16,17 @@ var made madeDaemons
 
 type madeDaemons struct {
 	sync.Mutex
-	all []*daemon
+	all []*Daemon
 }
 
-func (m *madeDaemons) add(d *daemon) {
+func (m *madeDaemons) add(d *Daemon) {
 	m.Lock()
 	defer m.Unlock()
 	m.all = append(m.all, d)
 }
 
 // removeGroups removes the groups of d's killed workloads as the kernel lets go of them.
-func removeGroups(d *daemon) {
+func removeGroups(d *Daemon) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for deadline := time.Now().Add(settleTimeout); time.Now().Before(deadline); <-tick.C {
@@ -51,7 +51,7 @@ func cleanUpOnSignal() {
 		made.Lock()
 		for _, d := range made.all {
 			if d.running() {
-				_ = d.cmd.Process.Kill()
+				_ = d.Cmd.Process.Kill()
 			}
 		}
 		var errs []error
@@ -63,7 +63,7 @@ func cleanUpOnSignal() {
 		}
 		for _, d := range made.all {
 			removeGroups(d)
-			errs = append(errs, d.discard())
+			errs = append(errs, d.Discard())
 		}
 		fmt.Fprintf(os.Stderr, "e2e: ended by %s; cleaning up: %v\n", s, errors.Join(append(errs, os.RemoveAll(idDir))...))
 		os.Exit(1)
