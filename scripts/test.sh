@@ -20,7 +20,7 @@ HEAVY=(./pkg/runtime/...)
 
 cd "$ROOT"
 [[ $(id -u) == 0 ]] || fail "cannot run the tests as $(id -un): they build sandboxes; run make as root"
-"$ROOT/scripts/tools.sh" testreport
+"$ROOT/scripts/tools.sh" testreport runtimetest
 
 # go_test NAME ARGUMENTS...: go test with a report.
 go_test() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds tools that tools/go.mod names into .cache/tools: each once per content of tools/go.mod and go.sum.
 #
-#   scripts/tools.sh NAME...    buf, protoc-gen-go, protoc-gen-go-grpc, protoc-gen-go-ttrpc, staticcheck, testreport
+#   scripts/tools.sh NAME...    buf, protoc-gen-go, protoc-gen-go-grpc, protoc-gen-go-ttrpc, runtimetest, staticcheck, testreport
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -12,6 +12,7 @@ package_of() {
 	protoc-gen-go) echo google.golang.org/protobuf/cmd/protoc-gen-go ;;
 	protoc-gen-go-grpc) echo google.golang.org/grpc/cmd/protoc-gen-go-grpc ;;
 	protoc-gen-go-ttrpc) echo github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc ;;
+	runtimetest) echo github.com/opencontainers/runtime-tools/cmd/runtimetest ;;
 	staticcheck) echo honnef.co/go/tools/cmd/staticcheck ;;
 	testreport) echo ./testreport ;;
 	*) fail "cannot build tool $1: scripts/tools.sh does not know it" ;;

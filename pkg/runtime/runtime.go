@@ -54,6 +54,8 @@ type Facts struct {
 	Accelerator string
 	// How Dial reaches the agent: "unix", "vsock", "vhost-user-vsock".
 	AgentTransport string
+	// The host's first of the 65,536 user and group ids that are 0 and up in the sandbox; 0 where it has a kernel of its own.
+	IDBase uint32
 }
 
 // Prober is a runtime that can say whether it would work on this host, and why. Every runtime of this repository is one;

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"time"
@@ -108,25 +107,4 @@ func (m *Manager) Explain(ctx context.Context, o CreateOptions) (policy.Decision
 		return policy.Decision{}, err
 	}
 	return m.decide(o, img)
-}
-
-// OCIConfig is the effective OCI runtime-spec config, as JSON.
-func (m *Manager) OCIConfig(ctx context.Context, ref string) ([]byte, error) {
-	w, err := m.Get(ref)
-	if err != nil {
-		return nil, err
-	}
-	img, err := m.cfg.Images.Get(w.Status.ImageDigest)
-	if err != nil {
-		return nil, err
-	}
-	config, err := oci.Config(w.ID, w.Spec, img.Config, w.Status.Isolation)
-	if err != nil {
-		return nil, err
-	}
-	b, err := json.MarshalIndent(config, "", "  ")
-	if err != nil {
-		return nil, fmt.Errorf("cannot encode OCI config: %w", err)
-	}
-	return b, nil
 }

@@ -134,6 +134,7 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 		return err
 	}
 	before := e.rec.Status.State
+	next.config = nil // stored
 	e.rec = next
 	close(e.changed)
 	e.changed = make(chan struct{})

@@ -22,12 +22,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session
 	if err != nil {
 		return nil, err
 	}
-	rec, _, _ := e.peek()
-	img, err := m.cfg.Images.Get(e.digest)
-	if err != nil {
-		return nil, err
-	}
-	config, err := oci.Config(e.id, rec.Spec, img.Config, rec.Status.Isolation)
+	config, err := m.effective(e)
 	if err != nil {
 		return nil, err
 	}

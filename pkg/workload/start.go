@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"time"
 
@@ -9,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/oci"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
@@ -109,6 +111,7 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	if err != nil {
 		return nil, err
 	}
+	ownIDs(config, inst.Facts())
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	defer func() {
 		if err != nil {
@@ -129,11 +132,26 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	if err != nil {
 		return nil, err
 	}
+	effective, err := json.Marshal(config)
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode the OCI config: %w", err)
+	}
 	return r, e.setState(StateRunning, func(r *record) {
+		r.config = effective
 		setFacts(r, inst.Facts())
 		r.Status.Claims = claims
 		r.Status.StartedAt = time.Now().UTC()
 	})
+}
+
+// ownIDs puts into config which ids of the host the sandbox has. The runtime has chosen them; agent and workload learn of them
+// anyway, from /proc/self/uid_map.
+func ownIDs(config *specs.Spec, f runtime.Facts) {
+	if f.IDBase == 0 {
+		return
+	}
+	mapping := []specs.LinuxIDMapping{{ContainerID: 0, HostID: f.IDBase, Size: idrange.Size}}
+	config.Linux.UIDMappings, config.Linux.GIDMappings = mapping, mapping
 }
 
 func setFacts(r *record, f runtime.Facts) {

@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,9 @@ type record struct {
 	LogBase uint64 `json:"logBase,omitempty"`
 	// Who created it.
 	Caller spec.Caller `json:"caller"`
+	// The configuration the agent was given, to be stored with the record but apart from it: it is large, and written once a
+	// run.
+	config []byte
 }
 
 // store keeps the records in one bbolt file. Every put is on the disk when it returns.
@@ -28,6 +32,7 @@ type store struct{ db *bbolt.DB }
 
 var (
 	bucketWorkloads = []byte("workloads")
+	bucketConfigs   = []byte("configs") // of the last run that came to RUNNING, by id
 	bucketMeta      = []byte("meta")
 	keyVersion      = []byte("version")
 )
@@ -58,8 +63,12 @@ func openStore(path string) (*store, error) {
 		if err := meta.Put(keyVersion, []byte(storeVersion)); err != nil {
 			return err
 		}
-		_, err = tx.CreateBucketIfNotExists(bucketWorkloads)
-		return err
+		for _, name := range [][]byte{bucketWorkloads, bucketConfigs} {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		db.Close()
@@ -74,6 +83,11 @@ func (s *store) put(r *record) error {
 		return fmt.Errorf("cannot encode record: %w", err)
 	}
 	if err := s.db.Update(func(tx *bbolt.Tx) error {
+		if r.config != nil {
+			if err := tx.Bucket(bucketConfigs).Put([]byte(r.ID), r.config); err != nil {
+				return err
+			}
+		}
 		return tx.Bucket(bucketWorkloads).Put([]byte(r.ID), b)
 	}); err != nil {
 		return fmt.Errorf("cannot store record: %w", err)
@@ -83,11 +97,26 @@ func (s *store) put(r *record) error {
 
 func (s *store) delete(id string) error {
 	if err := s.db.Update(func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(bucketConfigs).Delete([]byte(id)); err != nil {
+			return err
+		}
 		return tx.Bucket(bucketWorkloads).Delete([]byte(id))
 	}); err != nil {
 		return fmt.Errorf("cannot delete record: %w", err)
 	}
 	return nil
+}
+
+// config is what put was last given for a workload, nil if nothing.
+func (s *store) config(id string) (config []byte, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		config = bytes.Clone(tx.Bucket(bucketConfigs).Get([]byte(id)))
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the configuration of workload %s: %w", id, err)
+	}
+	return config, nil
 }
 
 func (s *store) all() ([]*record, error) {

@@ -27,6 +27,8 @@ type record struct {
 	CgroupParent string `json:"cgroupParent"`
 	DiskBytes    uint64 `json:"diskBytes"`
 	PidsLimit    uint32 `json:"pidsLimit"`
+	// The host's id of the sandbox's root, with Ready.
+	IDBase uint32 `json:"idBase,omitempty"`
 	// The agent's answer was seen. Below it: the agent's process, as /proc identifies it.
 	Ready     bool   `json:"ready,omitempty"`
 	PID       int    `json:"pid,omitempty"`

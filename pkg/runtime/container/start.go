@@ -282,7 +282,7 @@ func (st *start) introduce(ctx context.Context) error {
 	if ended(st.agent.pidfd) { // then the number may have been another's
 		return st.agent.explain(ctx, "cannot identify the agent", nil)
 	}
-	st.rec.Ready, st.rec.PID, st.rec.StartTime = true, st.agent.pid, started
+	st.rec.Ready, st.rec.PID, st.rec.StartTime, st.rec.IDBase = true, st.agent.pid, started, st.base
 	if err := writeRecord(st.r.dir(st.s.ID), st.rec); err != nil {
 		return err
 	}

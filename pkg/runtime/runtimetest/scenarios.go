@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 )
 
@@ -409,5 +410,10 @@ func facts(h *host) {
 	}
 	if _, err := os.Stat(fmt.Sprintf("/proc/%d", f.HostPID)); err != nil {
 		h.Errorf("facts %+v name no process: %v", f, err)
+	}
+	if f.IDBase != 0 {
+		for _, of := range []string{"uid_map", "gid_map"} {
+			s.expect("echo $(cat /proc/self/"+of+")", fmt.Sprintf("0 %d %d", f.IDBase, idrange.Size))
+		}
 	}
 }
