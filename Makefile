@@ -68,6 +68,11 @@ bench: test-assets build ## measure against crun, runc, podman, bubblewrap and b
 	@. scripts/lib.sh; step "build bench" go build -o .cache/bench ./bench
 	@.cache/bench
 
+.PHONY: bench-trace
+bench-trace: test-assets build ## show where the time of a container's life goes
+	@. scripts/lib.sh; step "build bench" go build -o .cache/bench ./bench
+	@.cache/bench -trace -runs 60
+
 .PHONY: lint
 lint: ## gofmt, vet, staticcheck, shellcheck, buf lint
 	@scripts/lint.sh

@@ -29,6 +29,8 @@ type daemon struct {
 
 const (
 	benchImage = "bench/busybox"
+	// traceFile is where the daemon writes the phases, in the run's directory.
+	traceFile = "trace"
 	// daemonWait bounds the daemon's start, accelerator probe included, and its end.
 	daemonWait = time.Minute
 )
@@ -48,6 +50,9 @@ func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(dir, "run"),
 		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d", os.Getpid()), "--id-dir", filepath.Join(dir, "ids"),
 		"--vm-accel", "auto", "--vm-kernel", kernels[len(kernels)-1])
+	if o.trace {
+		d.cmd.Args = append(d.cmd.Args, "--trace", filepath.Join(dir, traceFile))
+	}
 	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
 	if err := d.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("cannot start sandboxd (run `make build`): %w", err)

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,6 +25,8 @@ type options struct {
 	vmRuns     int
 	crowd      int
 	asJSON     bool
+	trace      bool
+	only       string
 }
 
 func main() {
@@ -33,6 +36,8 @@ func main() {
 	flag.IntVar(&o.runs, "runs", 40, "measured runs of each container command")
 	flag.IntVar(&o.vmRuns, "vm-runs", 10, "measured runs of each VM command")
 	flag.IntVar(&o.crowd, "crowd", 10, "sandboxes at once where memory is measured")
+	flag.BoolVar(&o.trace, "trace", false, "show the phases of a container's life instead, -runs of them")
+	flag.StringVar(&o.only, "only", "", "measure only these parts, parted by commas: "+strings.Join(partNames(), ", "))
 	flag.BoolVar(&o.asJSON, "json", false, "print the rows as JSON")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -41,6 +46,25 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// parts of a run, in this order.
+var parts = []struct {
+	name string
+	run  func(context.Context, *bench) ([]row, error)
+}{
+	{"life", benchContainers},
+	{"exec", benchExec},
+	{"vm", benchVMs},
+	{"memory", benchMemory},
+}
+
+func partNames() []string {
+	var names []string
+	for _, p := range parts {
+		names = append(names, p.name)
+	}
+	return names
 }
 
 // benchLimit bounds the whole run.
@@ -66,13 +90,19 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	defer b.d.stop()
+	if o.trace {
+		return traceContainers(ctx, b)
+	}
 	if b.p, err = newPeers(ctx, b); err != nil {
 		return err
 	}
 	defer b.p.clean()
 	var rows []row
-	for _, part := range []func(context.Context, *bench) ([]row, error){benchContainers, benchExec, benchVMs, benchMemory} {
-		r, err := part(ctx, b)
+	for _, part := range parts {
+		if o.only != "" && !slices.Contains(strings.Split(o.only, ","), part.name) {
+			continue
+		}
+		r, err := part.run(ctx, b)
 		if err != nil {
 			return err
 		}

@@ -35,6 +35,7 @@ type config struct {
 	cgroup      string
 	logLevel    string
 	logFormat   string
+	trace       string
 	version     bool
 	help        bool
 }
@@ -60,6 +61,7 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.cgroup, "cgroup-parent", "sandboxd", "cgroup below which every sandbox has its own")
 	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
+	f.StringVar(&c.trace, "trace", "", "file to append the time of every phase of every sandbox to, for measuring; see make bench-trace")
 	f.BoolVar(&c.version, "version", false, "print the version and exit")
 	f.BoolVarP(&c.help, "help", "h", false, "print this and exit")
 	return f

@@ -17,6 +17,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/image"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/runtime/container"
@@ -54,6 +55,9 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 		}
 	}()
 	if err := d.takeDirs(c); err != nil {
+		return nil, err
+	}
+	if err := d.openTrace(c.trace); err != nil {
 		return nil, err
 	}
 	rules, err := loadPolicy(c.policy)
@@ -141,6 +145,20 @@ func (d *daemon) takeDirs(c config) error {
 		}
 		d.onClose(lock.Close)
 	}
+	return nil
+}
+
+// openTrace has the phases of sandboxes' lives written down, if that was asked for.
+func (d *daemon) openTrace(path string) error {
+	if path == "" {
+		return nil
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return fmt.Errorf("cannot open trace: %w", err)
+	}
+	d.onClose(f.Close)
+	phase.To(f)
 	return nil
 }
 

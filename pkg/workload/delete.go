@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -97,7 +98,10 @@ func (e *entry) remove() error {
 	if err := os.RemoveAll(e.dir()); err != nil {
 		return fmt.Errorf("cannot remove output of workload %q: %w", e.name, err)
 	}
-	if err := e.m.store.delete(e.id); err != nil {
+	end := phase.Begin(e.id, "record gone")
+	err := e.m.store.delete(e.id)
+	end()
+	if err != nil {
 		return err
 	}
 	e.m.forget(e)

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -130,7 +131,10 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 	if change != nil {
 		change(&next)
 	}
-	if err := e.m.store.put(&next); err != nil {
+	end := phase.Begin(e.id, "record "+string(s))
+	err := e.m.store.put(&next)
+	end()
+	if err != nil {
 		return err
 	}
 	before := e.rec.Status.State

@@ -13,6 +13,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/oci"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -64,6 +65,7 @@ func (e *entry) start(ctx context.Context) error {
 	default:
 		return spec.Errorf(spec.KindWrongState, "workload %q is %s: only a created, exited or failed one can be started", e.name, rec.Status.State)
 	}
+	end := phase.Begin(e.id, "configuration")
 	img, err := e.m.cfg.Images.Get(e.digest)
 	if err != nil {
 		return err
@@ -81,6 +83,7 @@ func (e *entry) start(ctx context.Context) error {
 		return err
 	}
 	_, written, _ := log.end()
+	end()
 	if err := e.setState(StateStarting, func(r *record) {
 		r.Run++
 		r.LogBase = written
@@ -120,15 +123,22 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		}
 	}()
 	e.setRun(r)
+	end := phase.Begin(e.id, "call: configure")
 	claims, err := r.client.Configure(ctx, config.Hostname)
+	end()
 	if err != nil {
 		return nil, err
 	}
-	if err := r.client.CreateContainer(ctx, containerID, config, filter); err != nil {
+	end = phase.Begin(e.id, "call: create container")
+	err = r.client.CreateContainer(ctx, containerID, config, filter)
+	end()
+	if err != nil {
 		return nil, err
 	}
 	r.stdin.synced = true
+	end = phase.Begin(e.id, "call: start process")
 	r.proc, err = r.client.Start(ctx, containerID, runProcess(rec.Run), config.Process, rec.Spec.Process.Stdin)
+	end()
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -34,9 +35,13 @@ func (e *entry) supervise(r *run) {
 	defer stopPump()
 	go func() { pumped <- e.pump(pumpCtx, r) }()
 
+	end := phase.Begin(e.id, "process runs")
 	exit, err := r.proc.Wait(e.m.ctx)
+	end()
 	if err == nil {
+		end := phase.Begin(e.id, "last output")
 		err = e.drain(r, pumped)
+		end()
 		if err != nil && e.m.ctx.Err() == nil {
 			e.m.cfg.Log.Error("output may be incomplete", zap.String("workload", e.id), zap.Error(err))
 		}
@@ -139,7 +144,10 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 			doubts = append(doubts, "its last output may be missing: "+cause.Error())
 		}
 		e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
-		if err := e.shutDown(r); err != nil {
+		end := phase.Begin(e.id, "call: shut down")
+		err := e.shutDown(r)
+		end()
+		if err != nil {
 			e.m.cfg.Log.Warn("sandbox did not shut down in order", zap.String("workload", e.id), zap.Error(err))
 			doubts = append(doubts, "what it wrote last to its disk may be missing: "+err.Error())
 		}

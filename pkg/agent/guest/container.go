@@ -34,6 +34,7 @@ func RunContainer() error {
 	if err != nil {
 		return errors.Join(err, answerBoot(bootFD, err))
 	}
+	notePhase("from the first instruction to the boot message", began)
 	w := &containerWall{pidOne: newPidOne(), source: root}
 	if err := answerBoot(bootFD, nil); err != nil {
 		return err
@@ -67,6 +68,7 @@ func receiveBoot(fd int) (root *os.File, l net.Listener, err error) {
 	if err := json.Unmarshal(message[:n], &boot); err != nil {
 		return nil, nil, fmt.Errorf("cannot decode the boot message: %w", err)
 	}
+	tracing = boot.Trace
 	if boot.Version != spec.ProtocolVersion {
 		return nil, nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
 	}
@@ -153,15 +155,20 @@ func (w *containerWall) enter(config *specs.Spec) (*root, error) {
 	if err := attach(w.source, top); err != nil {
 		return nil, err
 	}
+	end := phase("build the root")
 	fs := &rootfs{config: config, dir: w.source, oldDev: oldDev, enter: func(r *rootfs) error { return pivotInto(r.dir) }}
 	root, err := fs.run()
+	end()
 	if err != nil {
 		return nil, err
 	}
 	if err := undumpable(); err != nil {
 		return nil, err
 	}
-	if err := surrender(config); err != nil {
+	end = phase("surrender capabilities")
+	err = surrender(config)
+	end()
+	if err != nil {
 		return nil, err
 	}
 	return root, nil

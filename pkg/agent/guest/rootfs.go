@@ -54,7 +54,10 @@ func (r *rootfs) run() (*root, error) {
 		return nil, err
 	}
 	for _, step := range build {
-		if err := step.do(r); err != nil {
+		end := phase("root: " + step.name)
+		err := step.do(r)
+		end()
+		if err != nil {
 			return nil, fmt.Errorf("cannot %s: %w", step.name, err)
 		}
 	}

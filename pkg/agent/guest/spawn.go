@@ -33,11 +33,14 @@ func newStages(c *children) *stages { return &stages{children: c} }
 // spawn starts a stage with stdio as its descriptors 0 to 2 and waits until it has become the workload. ended is called
 // when the process has ended, also after a failure.
 func (s *stages) spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
+	end := phase("process: fork")
 	pid, status, err := s.fork(orders, stdio, ended)
+	end()
 	if err != nil {
 		return 0, err
 	}
 	defer status.Close()
+	defer phase("process: confine and execute")()
 	if err := status.SetReadDeadline(time.Now().Add(stageTimeout)); err != nil {
 		return 0, err
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -247,27 +248,35 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 		// Half a record cannot be: it is written whole. Go on with what the configuration says.
 		r.log.Warn("cannot read a sandbox's record", zap.String("sandbox", id), zap.Error(err))
 	}
-	if err := r.end(ctx, parent, id); err != nil {
+	err = timed(id, "destroy: processes and cgroup", func() error { return r.end(ctx, parent, id) })
+	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	path := disk.LayerPath(r.config.StateDir, id)
 	// The last reference to the root file system is dropped a moment after the last process is gone. Until then the
 	// layer is mounted, and must be neither mounted again nor be taken for deleted.
-	if err := disk.WaitDetached(ctx, path); err != nil {
+	err = timed(id, "destroy: layer unmounted", func() error { return disk.WaitDetached(ctx, path) })
+	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
-	if err := r.config.IDs.Release(id); err != nil {
+	if err := timed(id, "destroy: ids", func() error { return r.config.IDs.Release(id) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	if layer {
-		if err := disk.RemoveLayer(r.config.StateDir, id); err != nil {
+		err := timed(id, "destroy: layer deleted", func() error { return disk.RemoveLayer(r.config.StateDir, id) })
+		if err != nil {
 			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 		}
 	}
-	if err := os.RemoveAll(r.dir(id)); err != nil {
+	if err := timed(id, "destroy: record", func() error { return os.RemoveAll(r.dir(id)) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	return nil
+}
+
+func timed(id, name string, fn func() error) error {
+	defer phase.Begin(id, name)()
+	return fn()
 }
 
 // end kills every process of a sandbox, waits until they are gone and deletes its cgroup.

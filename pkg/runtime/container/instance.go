@@ -3,10 +3,12 @@ package container
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"go.uber.org/zap"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -54,11 +57,35 @@ func (i *instance) watch() {
 		}
 	}
 	if i.crash != nil {
-		if said := crashText(i.crash, 4096); said != "" { //nolint:mnd // enough to see where a Go program died
+		said := crashText(i.crash, 4096) //nolint:mnd // enough to see where a Go program died
+		if phase.On() {
+			said = agentPhases(i.rec.ID, crashText(i.crash, crashLogSize))
+		}
+		if said != "" {
 			i.r.log.Warn("agent wrote to its standard error", zap.String("sandbox", i.rec.ID), zap.ByteString("stderr", []byte(said)))
 		}
 		_ = i.crash.Close()
 	}
+}
+
+// agentPhases moves what a tracing agent says of its phases to the trace, and answers with the rest. It is what an agent
+// claims, and so it goes nowhere else.
+func agentPhases(id, said string) (rest string) {
+	for line := range strings.Lines(said) {
+		r := phase.Record{ID: id}
+		fields, traced := strings.CutPrefix(strings.TrimSpace(line), spec.PhasePrefix)
+		if traced {
+			_, err := fmt.Sscan(fields, &r.Start, &r.Took)
+			traced = err == nil
+		}
+		if !traced {
+			rest += line
+			continue
+		}
+		r.Phase = "agent: " + strings.Join(strings.Fields(fields)[2:], " ")
+		phase.Add(r)
+	}
+	return rest
 }
 
 // forget stops watching; the sandbox goes on.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/idrange"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -156,7 +157,7 @@ func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File) e
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = p.boot.SetDeadline(time.Unix(1, 0)) }) // wakes both calls below
 	defer stop()
-	msg, err := json.Marshal(spec.ContainerBoot{Version: spec.ProtocolVersion})
+	msg, err := json.Marshal(spec.ContainerBoot{Version: spec.ProtocolVersion, Trace: phase.On()})
 	if err != nil {
 		return fmt.Errorf("cannot encode the boot message: %w", err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -136,7 +137,9 @@ func (st *start) do(ctx context.Context, s step) error {
 	run := func() error {
 		err := ctx.Err()
 		if err == nil {
+			end := phase.Begin(st.s.ID, "start: "+s.name)
 			err = s.run(st, ctx)
+			end()
 		}
 		if err != nil {
 			return &stepError{s.name, fmt.Errorf("cannot start sandbox %s: %w", st.s.ID, err)}
