@@ -81,6 +81,17 @@ func RemoveLayer(stateDir, id string) error {
 	return nil
 }
 
+// UnlinkLayer is RemoveLayer for who does not wait for the disk: when it returns the layer's name is gone, but the kernel may
+// have to finish writing to the file before it can free its blocks, and does so when the result is closed. Nil if there was
+// no such layer.
+func UnlinkLayer(stateDir, id string) (*os.File, error) {
+	f, err := os.OpenFile(LayerPath(stateDir, id), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		f = nil // RemoveLayer says what is wrong, if anything is
+	}
+	return f, RemoveLayer(stateDir, id)
+}
+
 // Layers names the sandboxes whose layers belong to owner, and those whose maker died before it said who it was.
 func Layers(stateDir, owner string) ([]string, error) {
 	entries, err := os.ReadDir(filepath.Join(stateDir, layersDir))

@@ -65,6 +65,8 @@ const (
 	detachTimeout = 20 * time.Second
 	// detachPoll paces it; a layer without dirty pages is free in about a millisecond.
 	detachPoll = 500 * time.Microsecond
+	// loopDetachPoll paces WaitLoopDetached, for which nobody waits.
+	loopDetachPoll = 5 * time.Millisecond
 )
 
 // WaitDetached waits until no loop device has the file at path behind it any more: the kernel unmounts the file system
@@ -88,16 +90,43 @@ func WaitDetached(ctx context.Context, path string) error {
 	}
 }
 
-// loopOf names the loop device that has the file at path behind it; empty if none has.
-func loopOf(path string) (string, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
+// WaitLoopDetached is WaitDetached where the device is known: it looks at that one only.
+func WaitLoopDetached(ctx context.Context, loop, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, detachTimeout)
+	defer cancel()
+	path = resolved(path)
+	for {
+		b, err := os.ReadFile(filepath.Join("/sys/block", loop, "loop/backing_file"))
+		if err != nil || backingOf(b) != path {
+			return nil // free, or another's by now
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("cannot wait for %s to leave %s: %w", loop, path, ctx.Err())
+		case <-time.After(loopDetachPoll):
+		}
 	}
-	// The kernel names the file as it lies now, with links resolved.
+}
+
+// backingOf is the file that the kernel names in a backing_file of sysfs.
+func backingOf(b []byte) string {
+	return strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), " (deleted)")
+}
+
+// resolved is path as the kernel names it: as it lies now, with links resolved.
+func resolved(path string) string {
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
 	if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
 		path = filepath.Join(dir, filepath.Base(path))
 	}
+	return path
+}
+
+// loopOf names the loop device that has the file at path behind it; empty if none has.
+func loopOf(path string) (string, error) {
+	path = resolved(path)
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		return "", err
@@ -107,7 +136,7 @@ func loopOf(path string) (string, error) {
 		if err != nil {
 			continue // detached meanwhile
 		}
-		if strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), " (deleted)") == path {
+		if backingOf(b) == path {
 			return filepath.Base(filepath.Dir(filepath.Dir(f))), nil
 		}
 	}

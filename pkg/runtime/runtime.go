@@ -20,8 +20,8 @@ type Runtime interface {
 	Start(ctx context.Context, s spec.Sandbox) (Instance, error)
 	// Attach finds an instance that an earlier daemon started; ErrNotRunning if there is none.
 	Attach(ctx context.Context, id string) (Instance, error)
-	// Remove deletes everything on the host that bears id, kills what still runs and waits until it has gone.
-	// Idempotent; works on half-made instances and on unknown ids.
+	// Remove deletes everything on the host that bears id, kills what still runs and waits until it has gone. What has lost
+	// its name the kernel may give back a moment later: the disk space of a file, the loop device before it. Idempotent; works on half-made instances and on unknown ids.
 	Remove(ctx context.Context, id string) error
 	// Release is like Remove, but keeps the writable layer for a next Start of the same id: what the workload wrote
 	// survives its stop.
@@ -44,6 +44,14 @@ type Instance interface {
 	Usage() (spec.Usage, error)
 	// Facts are fixed for the life of the instance.
 	Facts() Facts
+}
+
+// CleanKiller is an Instance that loses nothing by Kill: what its processes have written is the host's kernel's to keep, so
+// that nobody need ask its agent to write anything back first.
+type CleanKiller interface {
+	Instance
+	// KillLosesNothing does nothing.
+	KillLosesNothing()
 }
 
 // Facts are what a status shows of an instance.

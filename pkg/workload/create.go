@@ -11,6 +11,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/oci"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -59,7 +60,7 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 		m.forget(e)
 		return Workload{}, err
 	}
-	if err := m.store.put(&e.rec); err != nil {
+	if err := m.record(e); err != nil {
 		m.forget(e)
 		return Workload{}, err
 	}
@@ -69,6 +70,19 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 	defer m.mu.Unlock()
 	e.ready = true
 	return w, nil
+}
+
+// record writes the record of a new workload. It is on the disk before anyone is told of the workload.
+func (m *Manager) record(e *entry) error {
+	defer phase.Begin(e.id, "record "+string(StateCreated))()
+	change, err := m.store.put(&e.rec)
+	if err != nil {
+		return err
+	}
+	if err = m.store.sync(change); err != nil {
+		_, _ = m.store.delete(e.id) // it may be there after all, and nobody knows of it
+	}
+	return err
 }
 
 func newID() (string, error) {

@@ -89,6 +89,8 @@ func (e *entry) delete() error {
 
 // remove finishes what the state DELETING promises.
 func (e *entry) remove() error {
+	// Once the caller is told that it is gone it must not come back, also if the last record, that there is none, is lost.
+	recorded := e.syncBeside()
 	e.closeLog()
 	ctx, cancel := context.WithTimeout(context.Background(), releaseLimit)
 	defer cancel()
@@ -99,7 +101,10 @@ func (e *entry) remove() error {
 		return fmt.Errorf("cannot remove output of workload %q: %w", e.name, err)
 	}
 	end := phase.Begin(e.id, "record gone")
-	err := e.m.store.delete(e.id)
+	err := recorded()
+	if err == nil {
+		_, err = e.m.store.delete(e.id)
+	}
 	end()
 	if err != nil {
 		return err

@@ -39,6 +39,8 @@ type entry struct {
 	unreachable error
 	// Closed and replaced at each change of state.
 	changed chan struct{}
+	// The last change of the record, for store.sync.
+	change uint64
 	// Calls off the start that is under way, or was.
 	cancelStart context.CancelCauseFunc
 
@@ -119,7 +121,8 @@ func (e *entry) setState(s State, change func(*record)) error {
 var errMoved = errors.New("the workload is in another state by now")
 
 // moveState is the only place where a workload's state is assigned, if it is still one that from accepts; errMoved if
-// not. change edits a copy of the record; the record is on the disk before anyone sees it.
+// not. change edits a copy of the record. The record is written before anyone sees it, so that no death of the daemon loses
+// it; what must outlive the host's own death is also synced, by whoever is about to act upon it (entry.sync).
 func (e *entry) moveState(from func(record) bool, s State, change func(*record)) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -132,11 +135,12 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 		change(&next)
 	}
 	end := phase.Begin(e.id, "record "+string(s))
-	err := e.m.store.put(&next)
+	written, err := e.m.store.put(&next)
 	end()
 	if err != nil {
 		return err
 	}
+	e.change = written
 	before := e.rec.Status.State
 	next.config = nil // stored
 	e.rec = next
@@ -146,6 +150,29 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 		e.announceLocked()
 	}
 	return nil
+}
+
+// sync waits until the record, as it was written last, is on the disk.
+func (e *entry) sync() error {
+	defer phase.Begin(e.id, "record synced")()
+	e.mu.Lock()
+	change := e.change
+	e.mu.Unlock()
+	return e.m.store.sync(change)
+}
+
+// logUnsynced is for what has happened, on the disk or not.
+func (e *entry) logUnsynced(err error) {
+	if err != nil {
+		e.m.cfg.Log.Error("cannot bring state to the disk; it would not outlive the host's death", zap.String("workload", e.id), zap.Error(err))
+	}
+}
+
+// syncBeside is sync while its caller does something else; the result waits for it.
+func (e *entry) syncBeside() (wait func() error) {
+	result := make(chan error, 1)
+	e.m.owned.Go(func() { result <- e.sync() })
+	return func() error { return <-result }
 }
 
 // mustState is setState where the daemon cannot go back: what happened has happened, recorded or not.

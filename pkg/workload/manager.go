@@ -74,7 +74,7 @@ func New(cfg Config) (*Manager, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make state directory: %w", err)
 	}
-	st, err := openStore(filepath.Join(dir, "workloads.db"))
+	st, err := openStore(dir)
 	if err != nil {
 		return nil, err
 	}

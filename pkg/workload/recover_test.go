@@ -183,13 +183,13 @@ func TestRecoverHalfStarted(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As if the daemon had died just before it recorded that the process runs.
-	st, err := openStore(filepath.Join(h.dir, "state/workloads/workloads.db"))
+	st, err := openStore(filepath.Join(h.dir, "state/workloads"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	rec := e.rec
 	rec.Status.State = StateStarting
-	if err := st.put(&rec); err != nil {
+	if _, err := st.put(&rec); err != nil {
 		t.Fatal(err)
 	}
 	if err := st.close(); err != nil {
@@ -240,11 +240,22 @@ func TestStateOfAnotherVersionIsRefused(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(h.dir, "state/workloads/workloads.db")
-	if err := setStoreVersion(path, "99"); err != nil {
+	dir := filepath.Join(h.dir, "state/workloads")
+	f, err := os.OpenFile(filepath.Join(dir, journalFile), os.O_WRONLY, 0)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openStore(path); err == nil || !strings.Contains(err.Error(), "99") {
-		t.Errorf("a store of version 99 opens with %v", err)
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("sandboxd workloads 9\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openStore(dir); err == nil || !strings.Contains(err.Error(), "workloads 9") {
+		t.Errorf("a store of version 9 opens with %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, formerFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openStore(dir); err == nil || !strings.Contains(err.Error(), formerFile) {
+		t.Errorf("a store of an earlier sandboxd opens with %v", err)
 	}
 }

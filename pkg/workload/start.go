@@ -91,7 +91,10 @@ func (e *entry) start(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	r, err := e.build(ctx, img, config, filter)
+	// The walls go up meanwhile: they do not outlive the host. The process may leave its mark on the world, and must not have
+	// run unbeknownst.
+	recorded := e.syncBeside()
+	r, err := e.build(ctx, img, config, filter, recorded)
 	if err == nil {
 		m := e.m
 		m.owned.Go(func() { e.supervise(r) })
@@ -101,7 +104,7 @@ func (e *entry) start(ctx context.Context) error {
 }
 
 // build raises the walls and starts the process. After an error the caller takes down what stands.
-func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter []byte) (_ *run, err error) {
+func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter []byte, recorded func() error) (_ *run, err error) {
 	rec, _, _ := e.peek()
 	if rec.Run > 1 {
 		// What an earlier life left, if its end could not take everything down.
@@ -133,6 +136,9 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	err = r.client.CreateContainer(ctx, containerID, config, filter)
 	end()
 	if err != nil {
+		return nil, err
+	}
+	if err := recorded(); err != nil {
 		return nil, err
 	}
 	r.stdin.synced = true
@@ -196,6 +202,7 @@ func (e *entry) startFailed(ctx context.Context, cause error) error {
 			r.Status.Message = cause.Error()
 			r.Status.HostPID = 0
 		})
+		e.logUnsynced(e.sync())
 	} else {
 		e.mustState(StateFailed, func(r *record) {
 			r.Status.Message = cause.Error()

@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/phase"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -57,6 +58,11 @@ func (e *entry) supervise(r *run) {
 func (e *entry) drain(r *run, pumped <-chan error) error {
 	ctx, cancel := context.WithTimeout(e.m.ctx, drainLimit)
 	defer cancel()
+	select {
+	case err := <-pumped:
+		return err // nobody holds its output open, so nobody has anything to say
+	default:
+	}
 	if err := r.proc.Signal(ctx, int(syscall.SIGKILL), true); err != nil {
 		e.m.cfg.Log.Warn("cannot kill what the process left behind", zap.String("workload", e.id), zap.Error(err))
 	}
@@ -139,11 +145,14 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		return
 	}
 	var doubts []string
+	recorded := func() error { return nil }
 	if exit != nil {
 		if cause != nil {
 			doubts = append(doubts, "its last output may be missing: "+cause.Error())
 		}
 		e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
+		// Who waits for the end is told its code, and only when that is on the disk; the walls come down meanwhile.
+		recorded = e.syncBeside()
 		end := phase.Begin(e.id, "call: shut down")
 		err := e.shutDown(r)
 		end()
@@ -162,6 +171,7 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		})
 		return
 	}
+	e.logUnsynced(recorded())
 	e.mustState(StateExited, func(rec *record) {
 		rec.Status.Exit = exit
 		rec.Status.Message = strings.Join(append([]string{exitMessage(*exit)}, doubts...), "; ")
@@ -174,6 +184,10 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 func (e *entry) shutDown(r *run) error {
 	ctx, cancel := context.WithTimeout(e.m.ctx, shutdownLimit)
 	defer cancel()
+	if _, clean := r.inst.(runtime.CleanKiller); clean {
+		// Its end is waited for by the release that follows.
+		return r.inst.Kill()
+	}
 	if err := r.client.Shutdown(ctx, 0); err != nil {
 		return err
 	}

@@ -62,6 +62,8 @@ type Runtime struct {
 	agent  *agentBinary
 	// Forks the agents.
 	spawner *spawner
+	// The layers of sandboxes that have ended.
+	unmounts *unmounts
 
 	mu        sync.Mutex
 	instances map[string]*instance // those this daemon started or attached to, until they are removed
@@ -97,7 +99,7 @@ func New(c Config) (*Runtime, error) {
 	}
 	r := &Runtime{
 		config: c, log: c.Logger.Named(name),
-		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{},
+		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{}, unmounts: newUnmounts(),
 		instances: map[string]*instance{}, trials: map[string]bool{},
 	}
 	// What this process was started with (a shell's or systemd's descriptors) is not for sandboxes; all that Go opens is
@@ -120,6 +122,7 @@ func (r *Runtime) Close() error {
 	for _, i := range instances {
 		i.forget()
 	}
+	r.unmounts.wait()
 	r.spawner.close()
 	return errors.Join(r.mounts.close(), r.agent.close())
 }
@@ -239,6 +242,10 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	// A teardown that began is finished, whoever stops waiting for it.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTimeout)
 	defer cancel()
+	verb := "release: "
+	if layer {
+		verb = "remove: "
+	}
 	parent := r.config.CgroupParent
 	rec, err := readRecord(r.dir(id))
 	switch {
@@ -248,27 +255,24 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 		// Half a record cannot be: it is written whole. Go on with what the configuration says.
 		r.log.Warn("cannot read a sandbox's record", zap.String("sandbox", id), zap.Error(err))
 	}
-	err = timed(id, "destroy: processes and cgroup", func() error { return r.end(ctx, parent, id) })
+	err = timed(id, verb+"processes and cgroup", func() error { return r.end(ctx, parent, id) })
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
-	path := disk.LayerPath(r.config.StateDir, id)
-	// The last reference to the root file system is dropped a moment after the last process is gone. Until then the
-	// layer is mounted, and must be neither mounted again nor be taken for deleted.
-	err = timed(id, "destroy: layer unmounted", func() error { return disk.WaitDetached(ctx, path) })
+	err = timed(id, verb+"layer", func() error { return r.unmounts.ended(ctx, r, id) })
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
-	if err := timed(id, "destroy: ids", func() error { return r.config.IDs.Release(id) }); err != nil {
+	if err := timed(id, verb+"ids", func() error { return r.config.IDs.Release(id) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	if layer {
-		err := timed(id, "destroy: layer deleted", func() error { return disk.RemoveLayer(r.config.StateDir, id) })
+		err := timed(id, verb+"layer deleted", func() error { return r.unmounts.remove(r.config.StateDir, id) })
 		if err != nil {
 			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 		}
 	}
-	if err := timed(id, "destroy: record", func() error { return os.RemoveAll(r.dir(id)) }); err != nil {
+	if err := timed(id, verb+"record", func() error { return os.RemoveAll(r.dir(id)) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	return nil

@@ -36,7 +36,7 @@ type instance struct {
 	unwatched chan struct{}
 }
 
-var _ runtime.Instance = (*instance)(nil)
+var _ runtime.CleanKiller = (*instance)(nil)
 
 // newInstance watches a booted agent. It takes over pidfd, crash and the use of img.
 func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, crash *os.File, img *image) *instance {
@@ -148,6 +148,9 @@ func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
 }
 
 func (i *instance) Kill() error { return i.group.Kill() }
+
+// KillLosesNothing implements runtime.CleanKiller: unmounting the layer writes it back.
+func (i *instance) KillLosesNothing() {}
 
 func (i *instance) Done() <-chan struct{} { return i.done }
 

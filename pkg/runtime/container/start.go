@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -256,6 +257,7 @@ func (st *start) attachLayer(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cannot mount the writable layer: %w", err)
 	}
+	st.r.unmounts.mounted(st.s.ID, filepath.Base(loop.Name()), path)
 	return nil
 }
 

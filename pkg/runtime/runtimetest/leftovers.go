@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,12 +28,8 @@ func leftovers(dir, id string) []string {
 			}
 		}
 	}
-	backing, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	for _, file := range backing {
-		// A device that is let go of between the two calls is gone.
-		if name, err := os.ReadFile(file); err == nil && strings.Contains(string(name), id) {
-			add("loop device", file+": "+strings.TrimSpace(string(name)))
-		}
+	for _, device := range loopDevices(id) {
+		add("loop device", device)
 	}
 	processes, _ := filepath.Glob("/proc/[0-9]*")
 	for _, process := range processes {
@@ -55,6 +52,28 @@ func leftovers(dir, id string) []string {
 		}
 	}
 	return found
+}
+
+// loopSettle is how long the kernel may take to give back the loop device of a file that has lost its name.
+const loopSettle = 15 * time.Second
+
+// loopDevices lists those whose file bears the id: at once if the file has its name still, otherwise only those that stay.
+func loopDevices(id string) (found []string) {
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		found = nil
+		named := false
+		files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+		for _, file := range files {
+			// A device that is let go of between the two calls is gone.
+			if name, err := os.ReadFile(file); err == nil && strings.Contains(string(name), id) {
+				found = append(found, file+": "+strings.TrimSpace(string(name)))
+				named = named || !strings.HasSuffix(strings.TrimSpace(string(name)), "(deleted)")
+			}
+		}
+		if len(found) == 0 || named || time.Since(begin) > loopSettle {
+			return found
+		}
+	}
 }
 
 // isOrphanOfOurs reaps an ended process that came to this one, a test's subreaper, when its parent, a daemon's spawner,
