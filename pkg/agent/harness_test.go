@@ -82,7 +82,7 @@ func newSandbox(t testing.TB, options ...option) *sandbox {
 	if _, err := s.Configure(t.Context(), "testhost"); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.CreateContainer(t.Context(), theContainer, config, seccompDenyMkdir()); err != nil {
+	if err := s.CreateContainer(t.Context(), theContainer, config, seccompDenyMkdir(), nil); err != nil {
 		t.Fatal(err)
 	}
 	s.base = config.Process

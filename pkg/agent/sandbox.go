@@ -45,8 +45,8 @@ func (c *Client) Configure(ctx context.Context, hostname string) (spec.Claims, e
 }
 
 // CreateContainer has the root, mounts and masks of config made. filter is what oci.CompileSeccomp made of its
-// linux.seccomp, which is not sent.
-func (c *Client) CreateContainer(ctx context.Context, containerID string, config *specs.Spec, filter []byte) error {
+// linux.seccomp, which is not sent; own, for the agent itself, what oci.CompileAgentSeccomp did.
+func (c *Client) CreateContainer(ctx context.Context, containerID string, config *specs.Spec, filter, own []byte) error {
 	sent := *config
 	if config.Linux != nil {
 		linux := *config.Linux
@@ -59,7 +59,7 @@ func (c *Client) CreateContainer(ctx context.Context, containerID string, config
 	}
 	return c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
 		_, err := agent.CreateContainer(ctx, &agentv1.CreateContainerRequest{
-			ContainerId: containerID, OciConfig: encoded, SeccompFilter: filter,
+			ContainerId: containerID, OciConfig: encoded, SeccompFilter: filter, AgentFilter: own,
 		})
 		return err
 	})

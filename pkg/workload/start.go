@@ -78,6 +78,10 @@ func (e *entry) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	own, err := oci.CompileAgentSeccomp(config.Linux.Seccomp, rec.Status.Isolation)
+	if err != nil {
+		return err
+	}
 	log, err := e.output()
 	if err != nil {
 		return err
@@ -94,7 +98,7 @@ func (e *entry) start(ctx context.Context) error {
 	// The walls go up meanwhile: they do not outlive the host. The process may leave its mark on the world, and must not have
 	// run unbeknownst.
 	recorded := e.syncBeside()
-	r, err := e.build(ctx, img, config, filter, recorded)
+	r, err := e.build(ctx, img, config, filter, own, recorded)
 	if err == nil {
 		m := e.m
 		m.owned.Go(func() { e.supervise(r) })
@@ -104,7 +108,7 @@ func (e *entry) start(ctx context.Context) error {
 }
 
 // build raises the walls and starts the process. After an error the caller takes down what stands.
-func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter []byte, recorded func() error) (_ *run, err error) {
+func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter, own []byte, recorded func() error) (_ *run, err error) {
 	rec, _, _ := e.peek()
 	if rec.Run > 1 {
 		// What an earlier life left, if its end could not take everything down.
@@ -133,7 +137,7 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		return nil, err
 	}
 	end = phase.Begin(e.id, "call: create container")
-	err = r.client.CreateContainer(ctx, containerID, config, filter)
+	err = r.client.CreateContainer(ctx, containerID, config, filter, own)
 	end()
 	if err != nil {
 		return nil, err

@@ -201,5 +201,5 @@ func (c *confined) filter() error {
 	if !c.NoNewPrivileges {
 		return errors.New("a filter needs no_new_privs")
 	}
-	return installFilter(c.Seccomp)
+	return installFilter(c.Seccomp, 0)
 }

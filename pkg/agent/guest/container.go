@@ -136,7 +136,7 @@ func (w *containerWall) configure(hostname string, _ time.Time, _ []byte) error 
 }
 
 // enter implements wall.
-func (w *containerWall) enter(config *specs.Spec) (*root, error) {
+func (w *containerWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 	if err := makePrivate(); err != nil {
 		return nil, err
 	}
@@ -171,7 +171,7 @@ func (w *containerWall) enter(config *specs.Spec) (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	return root, nil
+	return root, filterSelf(filter)
 }
 
 func openDir(name string) (*os.File, error) {

@@ -38,7 +38,7 @@ type plainWall struct {
 
 func (*plainWall) configure(string, time.Time, []byte) error { return nil }
 
-func (*plainWall) enter(*specs.Spec) (*root, error) {
+func (*plainWall) enter(*specs.Spec, []byte) (*root, error) {
 	r := &root{}
 	for _, d := range []struct {
 		into *(*os.File)

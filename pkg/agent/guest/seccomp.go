@@ -19,8 +19,8 @@ func checkFilter(filter []byte) error {
 	return nil
 }
 
-// installFilter puts a seccomp filter over the calling thread for good.
-func installFilter(filter []byte) error {
+// installFilter puts a seccomp filter over the calling thread for good, with SECCOMP_FILTER_FLAG_TSYNC over every thread.
+func installFilter(filter []byte, flags uintptr) error {
 	if err := checkFilter(filter); err != nil {
 		return err
 	}
@@ -28,10 +28,13 @@ func installFilter(filter []byte) error {
 	instructions := make([]unix.SockFilter, n)
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&instructions[0])), len(filter)), filter)
 	program := unix.SockFprog{Len: uint16(n), Filter: &instructions[0]}
-	_, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&program)))
+	thread, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&program)))
 	runtime.KeepAlive(instructions)
 	if errno != 0 {
 		return errno
+	}
+	if thread != 0 {
+		return fmt.Errorf("thread %d has a filter of its own", thread)
 	}
 	return nil
 }

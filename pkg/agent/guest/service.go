@@ -103,8 +103,10 @@ func (s *Service) CreateContainer(_ context.Context, r *agentv1.CreateContainerR
 	if err := decodeConfig(r.OciConfig, config); err != nil {
 		return nil, err
 	}
-	if err := checkFilter(r.SeccompFilter); err != nil {
-		return nil, invalid("%v", err)
+	for _, filter := range [][]byte{r.SeccompFilter, r.AgentFilter} {
+		if err := checkFilter(filter); err != nil {
+			return nil, invalid("%v", err)
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,7 +118,7 @@ func (s *Service) CreateContainer(_ context.Context, r *agentv1.CreateContainerR
 	case s.container != nil:
 		return nil, wrongState("the sandbox has a container already")
 	}
-	root, err := s.wall.enter(config)
+	root, err := s.wall.enter(config, r.AgentFilter)
 	if err != nil {
 		s.broken = err
 		return nil, internal("cannot create the container: %v", err)

@@ -136,7 +136,7 @@ func (w *vmWall) configure(hostname string, now time.Time, entropy []byte) error
 }
 
 // enter implements wall.
-func (w *vmWall) enter(config *specs.Spec) (*root, error) {
+func (w *vmWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 	for _, m := range config.Mounts {
 		if parseMountOptions(m.Options).bind {
 			return nil, fmt.Errorf("cannot mount %s: a guest sees no directory of the host", m.Destination)
@@ -160,7 +160,10 @@ func (w *vmWall) enter(config *specs.Spec) (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	return root, undumpable()
+	if err := undumpable(); err != nil {
+		return nil, err
+	}
+	return root, filterSelf(filter)
 }
 
 func (*vmWall) sync() { unix.Sync() }

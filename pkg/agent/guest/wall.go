@@ -14,8 +14,9 @@ import (
 type wall interface {
 	// configure takes over the daemon's clock and entropy where the kernel is the sandbox's own.
 	configure(hostname string, now time.Time, entropy []byte) error
-	// enter builds the container's root and moves the agent into it. It is called once.
-	enter(config *specs.Spec) (*root, error)
+	// enter builds the container's root, moves the agent into it and has the agent give up what it no longer needs: every
+	// system call but filter's among them. It is called once.
+	enter(config *specs.Spec, filter []byte) (*root, error)
 	// spawn starts a process with stdio as its descriptors 0 to 2 and answers when it runs. An error that is a
 	// *stageFailure is the process's fault. ended is called once the process has ended.
 	spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error)

@@ -289,7 +289,11 @@ func (v *vm) configure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := v.client.CreateContainer(ctx, v.ID, config, filter); err != nil {
+	own, err := oci.CompileAgentSeccomp(config.Linux.Seccomp, spec.IsolationVM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.client.CreateContainer(ctx, v.ID, config, filter, own); err != nil {
 		t.Fatal(err)
 	}
 }

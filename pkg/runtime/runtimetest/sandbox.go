@@ -79,7 +79,11 @@ func (s *sandbox) create() error {
 	if err != nil {
 		return err
 	}
-	return s.agent.CreateContainer(s.ctx, containerID, config, filter)
+	own, err := oci.CompileAgentSeccomp(config.Linux.Seccomp, s.factory.Isolation)
+	if err != nil {
+		return err
+	}
+	return s.agent.CreateContainer(s.ctx, containerID, config, filter, own)
 }
 
 // connect makes a client, closed at the scenario's end.

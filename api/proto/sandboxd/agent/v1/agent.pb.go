@@ -341,6 +341,9 @@ type CreateContainerRequest struct {
 	OciConfig []byte `protobuf:"bytes,2,opt,name=oci_config,json=ociConfig,proto3" json:"oci_config,omitempty"`
 	// Classic BPF, struct sock_filter[] in the sandbox's byte order; empty for unconfined.
 	SeccompFilter []byte `protobuf:"bytes,3,opt,name=seccomp_filter,json=seccompFilter,proto3" json:"seccomp_filter,omitempty"`
+	// The agent's own, over all of its threads once the container stands, and so over every process it starts. In the same form;
+	// empty for none.
+	AgentFilter   []byte `protobuf:"bytes,280,opt,name=agent_filter,json=agentFilter,proto3" json:"agent_filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -392,6 +395,13 @@ func (x *CreateContainerRequest) GetOciConfig() []byte {
 func (x *CreateContainerRequest) GetSeccompFilter() []byte {
 	if x != nil {
 		return x.SeccompFilter
+	}
+	return nil
+}
+
+func (x *CreateContainerRequest) GetAgentFilter() []byte {
+	if x != nil {
+		return x.AgentFilter
 	}
 	return nil
 }
@@ -1737,12 +1747,13 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12#\n" +
 	"\ragent_version\x18\x02 \x01(\tR\fagentVersion\x12%\n" +
 	"\x0ekernel_release\x18\x03 \x01(\tR\rkernelRelease\x12\x17\n" +
-	"\aboot_id\x18\x04 \x01(\tR\x06bootId\"\x81\x01\n" +
+	"\aboot_id\x18\x04 \x01(\tR\x06bootId\"\xa5\x01\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1d\n" +
 	"\n" +
 	"oci_config\x18\x02 \x01(\fR\tociConfig\x12%\n" +
-	"\x0eseccomp_filter\x18\x03 \x01(\fR\rseccompFilter\"\x19\n" +
+	"\x0eseccomp_filter\x18\x03 \x01(\fR\rseccompFilter\x12\"\n" +
+	"\fagent_filter\x18\x98\x02 \x01(\fR\vagentFilter\"\x19\n" +
 	"\x17CreateContainerResponse\"\x86\x01\n" +
 	"\vExecRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1d\n" +
