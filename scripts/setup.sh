@@ -15,6 +15,7 @@ PACKAGES=(
 	mmdebstrap      # makes the Debian test image
 	erofs-utils     # fsck.erofs, a second opinion on the images we write
 	e2fsprogs       # mkfs.ext4 for writable layers
+	containernetworking-plugins # the networks of the tests
 	xz-utils        # tests compress with it
 )
 LINT_PACKAGES=(

@@ -44,7 +44,7 @@ func (c *createFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&c.mounts, "mount", nil, "type=tmpfs,target=/x[,size=64m][,mode=1777][,readonly]; may be repeated")
 	f.StringArrayVar(&c.tmpfs, "tmpfs", nil, "/x[:size=64m,mode=1777,ro]; may be repeated")
 	f.BoolVar(&c.readOnly, "read-only", false, "the root file system refuses every write")
-	f.StringVar(&c.network, "network", "none", "none: loopback only")
+	f.StringVar(&c.network, "network", "none", "none (loopback only), or a CNI network of the daemon's; sandboxctl doctor lists them")
 	f.StringSliceVar(&c.capAdd, "cap-add", nil, "capability beyond the default set; may be repeated")
 	f.StringSliceVar(&c.capDrop, "cap-drop", nil, "capability to take from it, or ALL; may be repeated")
 	f.StringArrayVar(&c.ulimits, "ulimit", nil, "TYPE=SOFT[:HARD], such as nofile=1024:2048; may be repeated")

@@ -33,6 +33,8 @@ type config struct {
 	agent       string
 	vsockHelper string
 	cgroup      string
+	cniConfDir  string
+	cniPlugins  []string
 	logLevel    string
 	logFormat   string
 	trace       string
@@ -58,6 +60,8 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.vmKernel, "vm-kernel", "", "guest kernel, a vmlinuz; searched for when empty")
 	f.StringVar(&c.agent, "agent", "", "path of sandbox-agent (default: beside this program, else in "+libexec+")")
 	f.StringVar(&c.vsockHelper, "vsock-helper", "", "path of sandbox-vsock (default: beside this program, else in "+libexec+")")
+	f.StringVar(&c.cniConfDir, "cni-conf-dir", "/etc/cni/net.d", "directory of the networks workloads may join: CNI's *.conflist files")
+	f.StringSliceVar(&c.cniPlugins, "cni-plugin-dir", []string{"/usr/lib/cni"}, "directories of CNI plugins, the first that has one wins")
 	f.StringVar(&c.cgroup, "cgroup-parent", "sandboxd", "cgroup below which every sandbox has its own")
 	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
@@ -131,6 +135,9 @@ func (c *config) check() error {
 			return fmt.Errorf("cannot use --%s %q: give an absolute path", dir.flag, dir.path)
 		}
 	}
+	if err := c.checkCNI(); err != nil {
+		return err
+	}
 	if !slices.Contains([]string{"kvm", "auto", "tcg"}, c.vmAccel) {
 		return fmt.Errorf("cannot use --vm-accel %q: it is kvm, auto or tcg", c.vmAccel)
 	}
@@ -142,6 +149,21 @@ func (c *config) check() error {
 	}
 	if c.cgroup == "" || strings.Contains(c.cgroup, "..") || strings.HasPrefix(c.cgroup, "/") {
 		return fmt.Errorf("cannot use --cgroup-parent %q: give a name, or a relative path that stays below", c.cgroup)
+	}
+	return nil
+}
+
+func (c *config) checkCNI() error {
+	if !filepath.IsAbs(c.cniConfDir) {
+		return fmt.Errorf("cannot use --cni-conf-dir %q: give an absolute path", c.cniConfDir)
+	}
+	if len(c.cniPlugins) == 0 {
+		return errors.New("cannot use --cni-plugin-dir: give at least one directory")
+	}
+	for _, dir := range c.cniPlugins {
+		if !filepath.IsAbs(dir) || strings.Contains(dir, ":") {
+			return fmt.Errorf("cannot use --cni-plugin-dir %q: give an absolute path without a colon", dir)
+		}
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/image"
+	"github.com/sandboxd/sandboxd/pkg/network"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
@@ -84,12 +85,19 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	}
 	d.onClose(images.Close)
 
+	networks, err := network.New(network.Config{
+		ConfDir: c.cniConfDir, PluginDirs: c.cniPlugins, StateDir: c.stateDir, RunDir: c.runDir, Log: log.Named("network"),
+	})
+	if err != nil {
+		return nil, err
+	}
+
 	probing, stopProbing := context.WithCancel(ctx)
 	host := newHostFacts(probing, log, runtimes)
 	d.onClose(func() error { stopProbing(); return nil })
 	manager, err := workload.New(workload.Config{
 		StateDir: c.stateDir, Log: log.Named("workload"),
-		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts,
+		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts, Networks: networks,
 	})
 	if err != nil {
 		return nil, err
@@ -105,7 +113,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	d.onClose(func() error { stopProbing(); looking.Wait(); return nil })
 
 	d.server, err = server.New(server.Config{
-		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes,
+		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes, NetworkChecks: networks.Checks,
 		Host: server.Host{
 			Version: spec.Version, Commit: spec.Commit, StateDir: c.stateDir, RunDir: c.runDir,
 			Socket: d.socket, CgroupMode: cgroup.Mode(), PolicyFile: c.policy,

@@ -79,7 +79,7 @@ func newSandbox(t testing.TB, options ...option) *sandbox {
 		o(config, s.rootfs)
 	}
 	chownTree(t, s.rootfs)
-	if _, err := s.Configure(t.Context(), "testhost"); err != nil {
+	if _, err := s.Configure(t.Context(), "testhost", nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.CreateContainer(t.Context(), theContainer, config, seccompDenyMkdir(), nil); err != nil {

@@ -98,7 +98,7 @@ func serveHostile(t *testing.T, service agentv1.AgentServiceService) *agent.Clie
 func TestHostileAgent(t *testing.T) {
 	h := &hostile{}
 	c := serveHostile(t, h)
-	claims, err := c.Configure(t.Context(), "h")
+	claims, err := c.Configure(t.Context(), "h", nil)
 	if err != nil || len(claims.KernelRelease) > 128 || strings.ContainsAny(claims.KernelRelease+claims.BootID, "\x1b\n") {
 		t.Errorf("claims %q %q %v", claims.KernelRelease, claims.BootID, err)
 	}

@@ -37,7 +37,7 @@ func TestPlain(t *testing.T) {
 	config := testConfig()
 	config.Process.Env = []string{"PATH=" + os.Getenv("PATH")}
 	s.base = config.Process
-	if _, err := s.Configure(t.Context(), "h"); err != nil {
+	if _, err := s.Configure(t.Context(), "h", nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.CreateContainer(t.Context(), theContainer, config, nil, nil); err != nil {

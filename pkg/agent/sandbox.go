@@ -21,14 +21,20 @@ const (
 	shutdownMargin = 30 * time.Second
 )
 
-// Configure gives the sandbox its identity: host name, this moment's time, fresh entropy. It comes before everything else.
-func (c *Client) Configure(ctx context.Context, hostname string) (spec.Claims, error) {
+// Configure gives the sandbox its identity: host name, this moment's time, fresh entropy, and the network it was joined to, nil
+// for none. It comes before everything else.
+func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network) (spec.Claims, error) {
+	joined, err := networkMessage(n)
+	if err != nil {
+		return spec.Claims{}, err
+	}
 	var claims spec.Claims
-	err := c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
 		entropy := make([]byte, entropyBytes)
 		rand.Read(entropy) // never fails
 		r, err := agent.Configure(ctx, &agentv1.ConfigureRequest{
 			ProtocolVersion: spec.ProtocolVersion, Hostname: hostname, Now: timestamppb.Now(), Entropy: entropy,
+			Network: joined,
 		})
 		if err != nil {
 			return err

@@ -1,7 +1,6 @@
 package oci
 
 import (
-	"fmt"
 	"path"
 	"strings"
 
@@ -30,9 +29,6 @@ func Config(id string, w spec.Workload, img spec.ImageConfig, granted spec.Isola
 	}
 	namespaces, err := namespacesOf(granted)
 	if err != nil {
-		return nil, err
-	}
-	if err := checkNetwork(w.Network); err != nil {
 		return nil, err
 	}
 	if err := checkResources(w.Resources, granted); err != nil {
@@ -95,14 +91,6 @@ func namespacesOf(granted spec.Isolation) ([]specs.LinuxNamespace, error) {
 	default:
 		return nil, spec.Errorf(spec.KindInternal, "cannot configure a workload: isolation %q is not decided", granted)
 	}
-}
-
-func checkNetwork(network string) error {
-	if network == "" || network == "none" {
-		return nil
-	}
-	return &spec.Error{Kind: spec.KindUnsupported, Field: "spec.network", Err: fmt.Errorf(
-		"network %q is not supported yet; use none, which gives a loopback interface only", network)}
 }
 
 // absolute is p as a clean path from the root: an image's working directory is what its maker typed.

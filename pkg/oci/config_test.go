@@ -102,7 +102,6 @@ func TestRefused(t *testing.T) {
 		}), spec.ImageConfig{}, spec.KindInvalid, "spec.mounts[0].size_bytes", "at most"},
 		"stop signal":         {with(func(w *spec.Workload) { w.StopSignal = "SIGFOO" }), spec.ImageConfig{StopSignal: "TERM"}, spec.KindInvalid, "spec.stop_signal", `"SIGFOO" is unknown`},
 		"image's stop signal": {with(func(*spec.Workload) {}), spec.ImageConfig{StopSignal: "SIGFOO"}, spec.KindInvalid, "spec.stop_signal", "the image's stop signal"},
-		"network":             {with(func(w *spec.Workload) { w.Network = "bridge" }), spec.ImageConfig{}, spec.KindUnsupported, "spec.network", "use none"},
 		"capability":          {with(func(w *spec.Workload) { w.CapAdd = []string{"CAP_FLY"} }), spec.ImageConfig{}, spec.KindInvalid, "spec.cap_add", "unknown"},
 		"dropped too":         {with(func(w *spec.Workload) { w.CapDrop = []string{"FLY"} }), spec.ImageConfig{}, spec.KindInvalid, "spec.cap_drop", "unknown"},
 		"rlimit":              {with(func(w *spec.Workload) { w.Process.Rlimits = []spec.Rlimit{{Type: "files"}} }), spec.ImageConfig{}, spec.KindInvalid, "spec.process.rlimits", "unknown"},

@@ -5,6 +5,7 @@ package runtime
 import (
 	"context"
 	"net"
+	"os"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -52,6 +53,16 @@ type CleanKiller interface {
 	Instance
 	// KillLosesNothing does nothing.
 	KillLosesNothing()
+}
+
+// Networker is an instance whose sandbox can be joined to networks: it was started with one in its spec.Sandbox. Both
+// methods are called once, in this order, before anything runs in the sandbox.
+type Networker interface {
+	// NetNS opens the network namespace of this host into which interfaces are to be put. The caller closes it.
+	NetNS() (*os.File, error)
+	// Connect has the sandbox use the interface that is there now. What it makes is in the namespace or of the instance, and
+	// goes with them.
+	Connect(n spec.Network) error
 }
 
 // Facts are what a status shows of an instance.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"net/netip"
 	"reflect"
 	"strings"
 	"testing"
@@ -121,6 +122,12 @@ func fillGo(v reflect.Value, n *int) {
 	switch {
 	case v.Type() == reflect.TypeFor[time.Time]():
 		v.Set(reflect.ValueOf(time.Unix(int64(*n), 5).UTC()))
+		return
+	case v.Type() == reflect.TypeFor[netip.Addr]():
+		v.Set(reflect.ValueOf(netip.AddrFrom4([4]byte{10, 0, byte(*n >> 8), byte(*n)})))
+		return
+	case v.Type() == reflect.TypeFor[netip.Prefix](): // a default route's, whose gateway is shown
+		v.Set(reflect.ValueOf(netip.PrefixFrom(netip.IPv4Unspecified(), 0)))
 		return
 	}
 	switch v.Kind() {

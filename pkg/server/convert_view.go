@@ -96,6 +96,7 @@ func statusToAPI(s workload.Status) *sandboxdv1.WorkloadStatus {
 		KernelRelease:  validUTF8(s.Claims.KernelRelease),
 		BootId:         validUTF8(s.Claims.BootID),
 		HostPid:        int32(s.HostPID),
+		Networks:       networksToAPI(s.Networks),
 	}
 	if s.Exit != nil {
 		code := int32(s.Exit.Code)
@@ -104,6 +105,26 @@ func statusToAPI(s workload.Status) *sandboxdv1.WorkloadStatus {
 		status.ExitedAt = timeToAPI(s.Exit.Time)
 	}
 	return status
+}
+
+func networksToAPI(networks []spec.Network) []*sandboxdv1.NetworkStatus {
+	var out []*sandboxdv1.NetworkStatus
+	for _, n := range networks {
+		a := &sandboxdv1.NetworkStatus{Name: n.Name, Interface: n.Interface, Mac: n.MAC, Mtu: n.MTU}
+		for _, p := range n.Addresses {
+			a.Addresses = append(a.Addresses, p.String())
+		}
+		for _, r := range n.Routes {
+			if r.Destination.Bits() == 0 && r.Gateway.IsValid() {
+				a.Gateways = append(a.Gateways, r.Gateway.String())
+			}
+		}
+		for _, s := range n.DNS.Nameservers {
+			a.Nameservers = append(a.Nameservers, s.String())
+		}
+		out = append(out, a)
+	}
+	return out
 }
 
 func decisionToAPI(d policy.Decision) *sandboxdv1.Decision {

@@ -30,6 +30,9 @@ func (s *Server) ownChecks() []runtime.Check {
 		// The socket's users pass through it; what lies below is 0700.
 		checkDir("run directory", s.Host.RunDir, 0o022),
 	)
+	if s.NetworkChecks != nil {
+		checks = append(checks, s.NetworkChecks()...)
+	}
 	return append(checks, checkSpace("disk space", s.Host.StateDir))
 }
 

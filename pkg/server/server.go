@@ -54,7 +54,9 @@ type Config struct {
 	Policy    *policy.Policy
 	// Asked what they can do on this host.
 	Runtimes map[spec.Isolation]runtime.Runtime
-	Host     Host
+	// What doctor says of networks; nil for nothing.
+	NetworkChecks func() []runtime.Check
+	Host          Host
 }
 
 // Host is what Info and Doctor tell of the daemon and its host, as main knows it.

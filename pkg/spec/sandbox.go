@@ -13,7 +13,8 @@ type Sandbox struct {
 	// The image's EROFS file on the host. Read-only: a runtime opens it O_RDONLY and enforces that on the host's side.
 	ImagePath string    `json:"imagePath"`
 	Resources Resources `json:"resources"`
-	// The sandbox has only a loopback interface when empty.
+	// The sandbox has only a loopback interface unless Joins(Network). What joins it to the network is not the runtime, but
+	// the runtime may have to make something to join.
 	Network string `json:"network,omitempty"`
 }
 

@@ -42,6 +42,11 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 	o.Name = cmp.Or(o.Name, id[:12])
 	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
 	// Only to learn now, not at the start, what cannot be run.
+	if spec.Joins(o.Spec.Network) {
+		if err := m.cfg.Networks.Check(o.Spec.Network); err != nil {
+			return Workload{}, err
+		}
+	}
 	if _, err := oci.Config(id, o.Spec, img.Config, decision.Granted); err != nil {
 		return Workload{}, err
 	}

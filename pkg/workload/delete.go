@@ -97,6 +97,9 @@ func (e *entry) remove() error {
 	if err := e.runtime().Remove(ctx, e.id); err != nil {
 		return fmt.Errorf("cannot remove sandbox of workload %q: %w", e.name, err)
 	}
+	if err := e.m.cfg.Networks.Detach(ctx, e.id); err != nil {
+		return fmt.Errorf("cannot remove workload %q: %w", e.name, err)
+	}
 	if err := os.RemoveAll(e.dir()); err != nil {
 		return fmt.Errorf("cannot remove output of workload %q: %w", e.name, err)
 	}

@@ -130,10 +130,7 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 		return errMoved
 	}
 	next := e.rec
-	next.Status.State = s
-	if change != nil {
-		change(&next)
-	}
+	next.assign(s, change)
 	end := phase.Begin(e.id, "record "+string(s))
 	written, err := e.m.store.put(&next)
 	end()
@@ -175,6 +172,17 @@ func (e *entry) syncBeside() (wait func() error) {
 	return func() error { return <-result }
 }
 
+// assign edits a record that nobody else sees, or under the lock. Who has ended is joined to nothing.
+func (r *record) assign(s State, change func(*record)) {
+	r.Status.State = s
+	if terminal(s) || s == StateDeleting {
+		r.Status.Networks = nil
+	}
+	if change != nil {
+		change(r)
+	}
+}
+
 // mustState is setState where the daemon cannot go back: what happened has happened, recorded or not.
 func (e *entry) mustState(s State, change func(*record)) {
 	if err := e.setState(s, change); err != nil {
@@ -182,10 +190,7 @@ func (e *entry) mustState(s State, change func(*record)) {
 			zap.String("workload", e.id), zap.String("state", string(s)), zap.Error(err))
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		e.rec.Status.State = s
-		if change != nil {
-			change(&e.rec)
-		}
+		e.rec.assign(s, change)
 		close(e.changed)
 		e.changed = make(chan struct{})
 		e.announceLocked()

@@ -26,11 +26,12 @@ const waitLimit = 30 * time.Second
 // host is a state directory and a fake runtime that outlive the managers a test makes on them, as a host outlives its
 // daemons.
 type host struct {
-	t      *testing.T
-	dir    string
-	rt     *faultyRuntime
-	images fakeImages
-	policy *policy.Policy
+	t        *testing.T
+	dir      string
+	rt       *faultyRuntime
+	images   fakeImages
+	policy   *policy.Policy
+	networks *fakeNetworks
 }
 
 func newHost(t *testing.T) *host {
@@ -41,7 +42,7 @@ func newHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	return &host{
-		t: t, dir: dir, policy: policy.None(),
+		t: t, dir: dir, policy: policy.None(), networks: &fakeNetworks{dir: filepath.Join(dir, "joined")},
 		rt: &faultyRuntime{Runtime: runtimetest.NewFake(t, filepath.Join(dir, "host"))},
 		images: fakeImages{"busybox": {
 			Digest: "sha256:" + strings.Repeat("ab", 32), Names: []string{"busybox"}, Path: path,
@@ -63,7 +64,7 @@ func (h *host) open() *Manager {
 	m, err := New(Config{
 		StateDir: filepath.Join(h.dir, "state"),
 		Log:      zaptest.NewLogger(h.t, zaptest.Level(zap.WarnLevel)),
-		Images:   h.images, Policy: h.policy,
+		Images:   h.images, Policy: h.policy, Networks: h.networks,
 		Runtimes: map[spec.Isolation]runtime.Runtime{spec.IsolationContainer: h.rt},
 		Host:     func() policy.Host { return policy.Host{ContainerAvailable: true} },
 	})

@@ -24,6 +24,19 @@ type Images interface {
 	Get(ref string) (image.Image, error)
 }
 
+// Networks joins sandboxes to networks.
+type Networks interface {
+	// Check answers KindInvalid for a network that there is not, naming those that there are.
+	Check(name string) error
+	// Attach joins the sandbox that has the namespace netns. What it makes is durable before it is made, for Detach.
+	Attach(ctx context.Context, id, name string, netns *os.File) (spec.Network, error)
+	// Detach takes back whatever an Attach did, however far it came; silent about an id that has nothing. Not before the
+	// sandbox has ended: its address may be another's from then on.
+	Detach(ctx context.Context, id string) error
+	// List names every id of which something is there.
+	List() ([]string, error)
+}
+
 // Config is what a Manager is made of.
 type Config struct {
 	// Records and output live below StateDir/workloads.
@@ -33,7 +46,8 @@ type Config struct {
 	Policy   *policy.Policy
 	Runtimes map[spec.Isolation]runtime.Runtime
 	// Host is asked at each decision what the host can give.
-	Host func() policy.Host
+	Host     func() policy.Host
+	Networks Networks
 	// What a workload gets that does not say; fields left zero are DefaultResources'.
 	Defaults spec.Resources
 }

@@ -65,6 +65,7 @@ func (m *Manager) removeStrays(ctx context.Context) {
 			}
 		}
 	}
+	m.leaveNetworks(ctx, warn)
 	names, err := os.ReadDir(m.dir)
 	if err != nil {
 		warn("output", m.dir, err)
@@ -78,6 +79,23 @@ func (m *Manager) removeStrays(ctx context.Context) {
 	}
 }
 
+// leaveNetworks is removeStrays for networks, after the sandboxes that were joined to them have gone.
+func (m *Manager) leaveNetworks(ctx context.Context, warn func(what, id string, err error)) {
+	ids, err := m.cfg.Networks.List()
+	if err != nil {
+		warn("joined networks", "", err)
+	}
+	for _, id := range ids {
+		if m.byID[id] != nil {
+			continue // recover's
+		}
+		m.cfg.Log.Info("leaving the network of a sandbox without a record", zap.String("id", id))
+		if err := m.cfg.Networks.Detach(ctx, id); err != nil {
+			warn("network", id, err)
+		}
+	}
+}
+
 func (e *entry) recover(ctx context.Context) error {
 	rec, _, _ := e.peek()
 	switch rec.Status.State {
@@ -85,7 +103,7 @@ func (e *entry) recover(ctx context.Context) error {
 		return e.remove()
 	case StateStarting, StateRunning, StateStopping:
 	default:
-		return e.runtime().Release(ctx, e.id)
+		return e.takeDown(ctx)
 	}
 	inst, err := e.runtime().Attach(ctx, e.id)
 	switch {
@@ -213,7 +231,7 @@ func (e *entry) began(ctx context.Context, r *run) (bool, error) {
 
 // recoverGone records the end of a workload whose walls are gone, or not worth keeping.
 func (e *entry) recoverGone(ctx context.Context, rec record) error {
-	if err := e.runtime().Release(ctx, e.id); err != nil {
+	if err := e.takeDown(ctx); err != nil {
 		return err
 	}
 	if exit := rec.Status.Exit; exit != nil && rec.Status.State == StateStopping {

@@ -112,12 +112,11 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	rec, _, _ := e.peek()
 	if rec.Run > 1 {
 		// What an earlier life left, if its end could not take everything down.
-		if err := e.runtime().Release(ctx, e.id); err != nil {
+		if err := e.takeDown(ctx); err != nil {
 			return nil, fmt.Errorf("cannot clear away the sandbox of the run before: %w", err)
 		}
 	}
-	// oci.Config has refused every network but none by now.
-	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources})
+	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network})
 	if err != nil {
 		return nil, err
 	}
@@ -130,8 +129,12 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		}
 	}()
 	e.setRun(r)
+	joined, err := e.join(ctx, inst, rec.Spec.Network)
+	if err != nil {
+		return nil, err
+	}
 	end := phase.Begin(e.id, "call: configure")
-	claims, err := r.client.Configure(ctx, config.Hostname)
+	claims, err := r.client.Configure(ctx, config.Hostname, joined)
 	end()
 	if err != nil {
 		return nil, err
@@ -160,6 +163,9 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		r.config = effective
 		setFacts(r, inst.Facts())
 		r.Status.Claims = claims
+		if joined != nil {
+			r.Status.Networks = []spec.Network{*joined}
+		}
 		r.Status.StartedAt = time.Now().UTC()
 	})
 }
@@ -220,7 +226,7 @@ func (e *entry) startFailed(ctx context.Context, cause error) error {
 func (e *entry) release() {
 	ctx, cancel := context.WithTimeout(context.Background(), releaseLimit)
 	defer cancel()
-	if err := e.runtime().Release(ctx, e.id); err != nil {
+	if err := e.takeDown(ctx); err != nil {
 		e.m.cfg.Log.Error("cannot take down sandbox", zap.String("workload", e.id), zap.Error(err))
 	}
 	e.setRun(nil)

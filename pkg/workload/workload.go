@@ -58,4 +58,6 @@ type Status struct {
 	ImageDigest string      `json:"imageDigest"`
 	Claims      spec.Claims `json:"claims,omitzero"`
 	HostPID     int         `json:"hostPID,omitempty"`
+	// What the sandbox is joined to, while it is there.
+	Networks []spec.Network `json:"networks,omitempty"`
 }

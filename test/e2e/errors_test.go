@@ -121,7 +121,6 @@ func TestUnbuiltIsRefused(t *testing.T) {
 			flags []string
 			word  string
 		}{
-			{[]string{"--network", "blue"}, "network"},
 			{[]string{"--mount", "type=bind,source=/etc,target=/mnt"}, "bind"},
 		} {
 			args := append([]string{"run", "--isolation", w.Isolation}, c.flags...)

@@ -128,10 +128,13 @@ type containerWall struct {
 	pidOne
 	// The root's mount, attached nowhere, until the container is entered.
 	source *os.File
+	// Nil without one.
+	network *network
 }
 
-// configure implements wall. Clock and entropy are the host's.
-func (w *containerWall) configure(hostname string, _ time.Time, _ []byte) error {
+// configure implements wall. Clock and entropy are the host's, and the host has set up the network.
+func (w *containerWall) configure(hostname string, _ time.Time, _ []byte, n *network) error {
+	w.network = n
 	return setHostname(hostname)
 }
 
@@ -156,7 +159,7 @@ func (w *containerWall) enter(config *specs.Spec, filter []byte) (*root, error) 
 		return nil, err
 	}
 	end := phase("build the root")
-	fs := &rootfs{config: config, dir: w.source, oldDev: oldDev, enter: func(r *rootfs) error { return pivotInto(r.dir) }}
+	fs := &rootfs{config: config, network: w.network, dir: w.source, oldDev: oldDev, enter: func(r *rootfs) error { return pivotInto(r.dir) }}
 	root, err := fs.run()
 	end()
 	if err != nil {

@@ -15,8 +15,8 @@ func (r *rootfs) writeEtc() error {
 	name := r.config.Hostname
 	for _, f := range []struct{ path, content string }{
 		{"/etc/hostname", name + "\n"},
-		{"/etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t" + name + "\n"},
-		{"/etc/resolv.conf", "# This sandbox has no name server.\n"},
+		{"/etc/hosts", r.network.hosts(name)},
+		{"/etc/resolv.conf", r.network.resolvConf()},
 	} {
 		if err := r.writeFile(f.path, f.content); err != nil {
 			return fmt.Errorf("%s: %w", f.path, err)

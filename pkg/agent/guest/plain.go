@@ -36,7 +36,7 @@ type plainWall struct {
 	owned    sync.WaitGroup
 }
 
-func (*plainWall) configure(string, time.Time, []byte) error { return nil }
+func (*plainWall) configure(string, time.Time, []byte, *network) error { return nil }
 
 func (*plainWall) enter(*specs.Spec, []byte) (*root, error) {
 	r := &root{}

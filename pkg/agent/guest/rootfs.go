@@ -14,6 +14,8 @@ import (
 // resolved from dir (openIn), and what the old one has to give (device nodes) is within reach.
 type rootfs struct {
 	config *specs.Spec
+	// What the sandbox was joined to; nil for nothing.
+	network *network
 	// The new root, mounted somewhere in the agent's namespace.
 	dir *os.File
 	// /dev/null of the new root once its nodes are there, known to be that device.

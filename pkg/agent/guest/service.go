@@ -80,9 +80,13 @@ func (s *Service) Configure(_ context.Context, r *agentv1.ConfigureRequest) (*ag
 	if err := r.Now.CheckValid(); err != nil {
 		return nil, invalid("now: %v", err)
 	}
+	n, err := parseNetwork(r.Network)
+	if err != nil {
+		return nil, invalid("network: %v", err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.wall.configure(r.Hostname, r.Now.AsTime(), r.Entropy); err != nil {
+	if err := s.wall.configure(r.Hostname, r.Now.AsTime(), r.Entropy, n); err != nil {
 		return nil, internal("cannot configure the sandbox: %v", err)
 	}
 	release, bootID, err := kernelIdentity()

@@ -122,10 +122,12 @@ type vmWall struct {
 	boot   *spec.VMBoot
 	random *os.File // the kernel's, whatever the workload makes of its /dev
 	disk   *os.File // the writable layer's root; nil before the container is entered
+	// Nil without one.
+	network *network
 }
 
 // configure implements wall.
-func (w *vmWall) configure(hostname string, now time.Time, entropy []byte) error {
+func (w *vmWall) configure(hostname string, now time.Time, entropy []byte, n *network) error {
 	if err := addEntropy(w.random, entropy); err != nil {
 		return err
 	}
@@ -155,7 +157,7 @@ func (w *vmWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 		return nil, err
 	}
 	defer oldDev.Close()
-	fs := &rootfs{config: config, dir: dir, oldDev: oldDev, enter: func(r *rootfs) error { return moveInto(r.dir) }}
+	fs := &rootfs{config: config, network: w.network, dir: dir, oldDev: oldDev, enter: func(r *rootfs) error { return moveInto(r.dir) }}
 	root, err := fs.run()
 	if err != nil {
 		return nil, err

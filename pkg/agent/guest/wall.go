@@ -12,8 +12,9 @@ import (
 // wall is what differs between the agent's places: namespaces of the host's kernel, a guest kernel, and a test's own
 // process. Its methods but spawn, copy, signal, signalAll and gone are called one at a time.
 type wall interface {
-	// configure takes over the daemon's clock and entropy where the kernel is the sandbox's own.
-	configure(hostname string, now time.Time, entropy []byte) error
+	// configure takes over the daemon's clock and entropy, and sets up the network, where the kernel is the sandbox's own.
+	// Without a network n is nil.
+	configure(hostname string, now time.Time, entropy []byte, n *network) error
 	// enter builds the container's root, moves the agent into it and has the agent give up what it no longer needs: every
 	// system call but filter's among them. It is called once.
 	enter(config *specs.Spec, filter []byte) (*root, error)

@@ -146,8 +146,6 @@ func validate(s spec.Sandbox) error {
 	switch {
 	case !filepath.IsAbs(s.ImagePath):
 		return spec.Invalidf("image_path", "image path %q is not absolute", s.ImagePath)
-	case s.Network != "" && s.Network != "none":
-		return spec.Errorf(spec.KindUnsupported, "network %q is not available to containers; use none", s.Network)
 	case s.Resources.CPUMillis == 0:
 		return spec.Invalidf("spec.resources.cpu_millis", "a sandbox needs a processor limit")
 	case s.Resources.MemoryBytes < minMemory:

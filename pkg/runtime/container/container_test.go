@@ -318,7 +318,6 @@ func TestUnknownAndInvalid(t *testing.T) {
 		kind   spec.Kind
 	}{
 		"relative image": {func(s *spec.Sandbox) { s.ImagePath = "image" }, spec.KindInvalid},
-		"network":        {func(s *spec.Sandbox) { s.Network = "bridge" }, spec.KindUnsupported},
 		"no processor":   {func(s *spec.Sandbox) { s.Resources.CPUMillis = 0 }, spec.KindInvalid},
 		"little memory":  {func(s *spec.Sandbox) { s.Resources.MemoryBytes = 1 << 20 }, spec.KindInvalid},
 		"no processes":   {func(s *spec.Sandbox) { s.Resources.Pids = 0 }, spec.KindInvalid},

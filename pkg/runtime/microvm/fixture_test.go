@@ -278,7 +278,7 @@ var testWorkload = spec.Workload{Image: "busybox", Process: spec.Process{Command
 func (v *vm) configure(t *testing.T) {
 	t.Helper()
 	ctx := testContext(t)
-	if _, err := v.client.Configure(ctx, "guest"); err != nil {
+	if _, err := v.client.Configure(ctx, "guest", nil); err != nil {
 		t.Fatal(err)
 	}
 	config, err := oci.Config(v.ID, testWorkload, spec.ImageConfig{}, spec.IsolationVM)

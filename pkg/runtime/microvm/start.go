@@ -81,8 +81,8 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 	if err := checkID(s.ID); err != nil {
 		return nil, err
 	}
-	if s.Network != "" {
-		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM: networks are not supported yet, leave the network empty")
+	if spec.Joins(s.Network) {
+		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM: networks are not supported yet, use network none")
 	}
 	if s.Resources.MemoryBytes < minGuestMemory {
 		return nil, spec.Invalidf("spec.resources.memory_bytes", "a microVM's guest does not boot with %d MiB of memory, give it %d or more", s.Resources.MemoryBytes>>20, minGuestMemory>>20)

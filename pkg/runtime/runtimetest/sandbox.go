@@ -68,7 +68,7 @@ func (h *host) tryStart(id string) (*sandbox, error) {
 // create makes the container, as the daemon does.
 func (s *sandbox) create() error {
 	hostname := "host-" + s.id[:8]
-	if _, err := s.agent.Configure(s.ctx, hostname); err != nil {
+	if _, err := s.agent.Configure(s.ctx, hostname, nil); err != nil {
 		return err
 	}
 	config, err := oci.Config(s.id, spec.Workload{Process: spec.Process{Command: []string{"sh"}}, Hostname: hostname}, spec.ImageConfig{}, s.factory.Isolation)

@@ -36,6 +36,8 @@ type Daemon struct {
 	Name, RunDir, StateDir, logPath, Address string
 	// Further arguments.
 	Args []string
+	// Its own network namespace; nil for the machine's.
+	network *networkOf
 
 	Cmd *exec.Cmd
 	// Closed when the process has been waited for; waitErr is set before.
@@ -87,7 +89,7 @@ func (d *Daemon) Start() error {
 		"--listen", d.Address, "--state-dir", d.StateDir, "--run-dir", d.RunDir,
 		"--vm-accel", "auto", "--vm-kernel", guestKernel, "--cgroup-parent", d.CgroupParent(), "--id-dir", idDir,
 	}, d.Args...)
-	d.Cmd = exec.Command(sandboxd, args...)
+	d.Cmd = d.within(append([]string{sandboxd}, args...)...)
 	d.Cmd.Stdout, d.Cmd.Stderr = log, log
 	if err := StartChild(d.Cmd); err != nil {
 		return fmt.Errorf("cannot start sandboxd: %w", err)
@@ -173,7 +175,7 @@ func (d *Daemon) Kill() error {
 }
 
 // Remove ends the daemon and everything it left, and says if that was more than it may leave.
-func (d *Daemon) Remove() error { return d.RemoveWithin(settleTimeout) }
+func (d *Daemon) Remove() error { return d.RemoveWithin(SettleTimeout) }
 
 func (d *Daemon) RemoveWithin(settle time.Duration) error {
 	var errs []error
@@ -228,6 +230,17 @@ func (d *Daemon) LogTail() string {
 // OwnDaemon starts a daemon for one test, with the busybox image, and ends it afterwards.
 func OwnDaemon(t *testing.T, args ...string) *Daemon {
 	t.Helper()
+	d := MakeDaemon(t, args...)
+	d.MustStart(t)
+	if err := d.Import(Busybox); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// MakeDaemon makes a daemon for one test, to be started, and ends it afterwards.
+func MakeDaemon(t *testing.T, args ...string) *Daemon {
+	t.Helper()
 	d, err := NewDaemon(strings.NewReplacer("/", "-", " ", "-").Replace(t.Name()), args...)
 	if err != nil {
 		t.Fatal(err)
@@ -237,10 +250,6 @@ func OwnDaemon(t *testing.T, args ...string) *Daemon {
 			t.Error(err)
 		}
 	})
-	d.MustStart(t)
-	if err := d.Import(Busybox); err != nil {
-		t.Fatal(err)
-	}
 	return d
 }
 

@@ -29,7 +29,7 @@ func (m *madeDaemons) add(d *Daemon) {
 func removeGroups(d *Daemon) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
-	for deadline := time.Now().Add(settleTimeout); time.Now().Before(deadline); <-tick.C {
+	for deadline := time.Now().Add(SettleTimeout); time.Now().Before(deadline); <-tick.C {
 		groups, err := listCgroups(d)
 		if err != nil || len(groups) == 0 {
 			return

@@ -18,11 +18,13 @@ import (
 // Snapshot is everything that a daemon of ours has on this host, kind by kind: what is there, and how to name it.
 type Snapshot map[string]map[string]bool
 
-// kinds of things a sandbox is made of, each with how to list those that are d's.
-var kinds = []struct {
-	name string
-	list func(d *Daemon) ([]string, error)
-}{
+// Kind of thing that a sandbox is made of, with how to list those that are d's.
+type Kind struct {
+	Name string
+	List func(d *Daemon) ([]string, error)
+}
+
+var kinds = append([]Kind{
 	{"process", listProcesses},
 	{"mount", ListMounts},
 	{"loop device", listLoops},
@@ -31,11 +33,11 @@ var kinds = []struct {
 	{"network device", listNetworkDevices},
 	{"file", listFiles},
 	{"descriptor of the daemon", listDescriptors},
-}
+}, NetworkKinds...)
 
 // Removal is over when the call that asked for it answers, but for what the kernel does behind: a killed process's
 // memory, an autoclear loop device, a connection's last descriptor.
-const settleTimeout = 15 * time.Second
+const SettleTimeout = 15 * time.Second
 
 func TakeSnapshot(t *testing.T, d *Daemon) Snapshot {
 	t.Helper()
@@ -49,13 +51,13 @@ func TakeSnapshot(t *testing.T, d *Daemon) Snapshot {
 func look(d *Daemon) (Snapshot, error) {
 	s := Snapshot{}
 	for _, k := range kinds {
-		found, err := k.list(d)
+		found, err := k.List(d)
 		if err != nil {
-			return nil, fmt.Errorf("cannot list each %s: %w", k.name, err)
+			return nil, fmt.Errorf("cannot list each %s: %w", k.Name, err)
 		}
-		s[k.name] = map[string]bool{}
+		s[k.Name] = map[string]bool{}
 		for _, f := range found {
-			s[k.name][f] = true
+			s[k.Name][f] = true
 		}
 	}
 	return s, nil
@@ -93,7 +95,7 @@ func (before Snapshot) Leaks(d *Daemon, within time.Duration) ([]string, error) 
 
 func (before Snapshot) WantNothingNew(t *testing.T, d *Daemon) {
 	t.Helper()
-	found, err := before.Leaks(d, settleTimeout)
+	found, err := before.Leaks(d, SettleTimeout)
 	if err != nil {
 		t.Error(err)
 	}
@@ -272,9 +274,9 @@ func listCgroups(d *Daemon) ([]string, error) {
 	return found, nil
 }
 
-// listNetworkNamespaces finds those that something other than this process's own namespace keeps alive: a name in
+// listNetworkNamespaces finds those, besides this process's and the daemon's own, that something keeps alive: a name in
 // /run/netns, or a process below us. (One that a descriptor keeps is found among the daemon's descriptors.)
-func listNetworkNamespaces(*Daemon) ([]string, error) {
+func listNetworkNamespaces(d *Daemon) ([]string, error) {
 	found := map[string]bool{}
 	names, err := filepath.Glob("/run/netns/*")
 	if err != nil {
@@ -287,8 +289,14 @@ func listNetworkNamespaces(*Daemon) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	daemons := ours
+	if d != nil && d.network != nil {
+		if daemons, err = os.Readlink(fmt.Sprintf("/proc/self/fd/%d", d.network.file.Fd())); err != nil {
+			return nil, err
+		}
+	}
 	for _, p := range descendants() {
-		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", p.pid)); err == nil && ns != ours {
+		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", p.pid)); err == nil && ns != ours && ns != daemons {
 			found[fmt.Sprintf("%s of process %d", ns, p.pid)] = true
 		}
 	}

@@ -24,6 +24,11 @@ type View struct {
 		KernelRelease string
 		BootID        string `json:"bootId"`
 		HostPID       int    `json:"hostPid"`
+		Networks      []struct {
+			Name, Interface, MAC             string
+			MTU                              int
+			Addresses, Gateways, Nameservers []string
+		}
 	}
 }
 

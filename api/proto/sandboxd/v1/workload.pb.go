@@ -277,7 +277,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11, 0}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{12, 0}
 }
 
 // Workload is what a caller asked for, under its name, and how it fares.
@@ -376,7 +376,7 @@ type WorkloadSpec struct {
 	// Defaults to the first 12 digits of the id.
 	Hostname string   `protobuf:"bytes,5,opt,name=hostname,proto3" json:"hostname,omitempty"`
 	Mounts   []*Mount `protobuf:"bytes,6,rep,name=mounts,proto3" json:"mounts,omitempty"`
-	// "none" (the default): loopback only. Other networks are refused until they are built.
+	// "none" (the default): loopback only. Otherwise the name of a CNI network of the daemon's, which `sandboxctl doctor` lists.
 	Network string `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`
 	// The root file system refuses every write.
 	ReadOnlyRoot bool `protobuf:"varint,8,opt,name=read_only_root,json=readOnlyRoot,proto3" json:"read_only_root,omitempty"`
@@ -974,7 +974,9 @@ type WorkloadStatus struct {
 	KernelRelease string `protobuf:"bytes,12,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
 	BootId        string `protobuf:"bytes,13,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// Of the sandbox's first host process (the agent or QEMU); 0 when there is none.
-	HostPid       int32 `protobuf:"varint,14,opt,name=host_pid,json=hostPid,proto3" json:"host_pid,omitempty"`
+	HostPid int32 `protobuf:"varint,14,opt,name=host_pid,json=hostPid,proto3" json:"host_pid,omitempty"`
+	// What the sandbox is joined to while it is there; empty with network none.
+	Networks      []*NetworkStatus `protobuf:"bytes,220,rep,name=networks,proto3" json:"networks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1107,6 +1109,110 @@ func (x *WorkloadStatus) GetHostPid() int32 {
 	return 0
 }
 
+func (x *WorkloadStatus) GetNetworks() []*NetworkStatus {
+	if x != nil {
+		return x.Networks
+	}
+	return nil
+}
+
+// NetworkStatus is what a sandbox has of a network, as the host's kernel showed it before the workload ran.
+type NetworkStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// In the sandbox: eth0.
+	Interface string `protobuf:"bytes,2,opt,name=interface,proto3" json:"interface,omitempty"`
+	Mac       string `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	// In bytes.
+	Mtu uint32 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	// With the length of the prefix: 10.1.0.2/24, fd00::2/64.
+	Addresses []string `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// Of the default routes.
+	Gateways      []string `protobuf:"bytes,6,rep,name=gateways,proto3" json:"gateways,omitempty"`
+	Nameservers   []string `protobuf:"bytes,7,rep,name=nameservers,proto3" json:"nameservers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkStatus) Reset() {
+	*x = NetworkStatus{}
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkStatus) ProtoMessage() {}
+
+func (x *NetworkStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkStatus.ProtoReflect.Descriptor instead.
+func (*NetworkStatus) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *NetworkStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkStatus) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *NetworkStatus) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *NetworkStatus) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *NetworkStatus) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *NetworkStatus) GetGateways() []string {
+	if x != nil {
+		return x.Gateways
+	}
+	return nil
+}
+
+func (x *NetworkStatus) GetNameservers() []string {
+	if x != nil {
+		return x.Nameservers
+	}
+	return nil
+}
+
 // Decision is what the policy answered, kept with the workload.
 type Decision struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1124,7 +1230,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1242,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[9]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1255,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{9}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Decision) GetIsolation() Isolation {
@@ -1206,7 +1312,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1324,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1337,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Usage) GetId() string {
@@ -1355,7 +1461,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1473,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1486,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -1515,7 +1621,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x10TYPE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tTYPE_BIND\x10\x01\x12\x0e\n" +
 	"\n" +
-	"TYPE_TMPFS\x10\x02\"\xd3\x04\n" +
+	"TYPE_TMPFS\x10\x02\"\x8c\x05\n" +
 	"\x0eWorkloadStatus\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.sandboxd.v1.WorkloadStateR\x05state\x124\n" +
 	"\tisolation\x18\x02 \x01(\x0e2\x16.sandboxd.v1.IsolationR\tisolation\x12 \n" +
@@ -1533,9 +1639,18 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\fimage_digest\x18\v \x01(\tR\vimageDigest\x12%\n" +
 	"\x0ekernel_release\x18\f \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\r \x01(\tR\x06bootId\x12\x19\n" +
-	"\bhost_pid\x18\x0e \x01(\x05R\ahostPidB\f\n" +
+	"\bhost_pid\x18\x0e \x01(\x05R\ahostPid\x127\n" +
+	"\bnetworks\x18\xdc\x01 \x03(\v2\x1a.sandboxd.v1.NetworkStatusR\bnetworksB\f\n" +
 	"\n" +
-	"_exit_code\"\x9e\x01\n" +
+	"_exit_code\"\xc1\x01\n" +
+	"\rNetworkStatus\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tinterface\x18\x02 \x01(\tR\tinterface\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x1c\n" +
+	"\taddresses\x18\x05 \x03(\tR\taddresses\x12\x1a\n" +
+	"\bgateways\x18\x06 \x03(\tR\bgateways\x12 \n" +
+	"\vnameservers\x18\a \x03(\tR\vnameservers\"\x9e\x01\n" +
 	"\bDecision\x124\n" +
 	"\tisolation\x18\x01 \x01(\x0e2\x16.sandboxd.v1.IsolationR\tisolation\x12\x12\n" +
 	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x16\n" +
@@ -1617,7 +1732,7 @@ func file_sandboxd_v1_workload_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_v1_workload_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_sandboxd_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_sandboxd_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_sandboxd_v1_workload_proto_goTypes = []any{
 	(Isolation)(0),                // 0: sandboxd.v1.Isolation
 	(WorkloadState)(0),            // 1: sandboxd.v1.WorkloadState
@@ -1632,19 +1747,20 @@ var file_sandboxd_v1_workload_proto_goTypes = []any{
 	(*Resources)(nil),             // 10: sandboxd.v1.Resources
 	(*Mount)(nil),                 // 11: sandboxd.v1.Mount
 	(*WorkloadStatus)(nil),        // 12: sandboxd.v1.WorkloadStatus
-	(*Decision)(nil),              // 13: sandboxd.v1.Decision
-	(*Usage)(nil),                 // 14: sandboxd.v1.Usage
-	(*Event)(nil),                 // 15: sandboxd.v1.Event
-	nil,                           // 16: sandboxd.v1.Workload.LabelsEntry
-	nil,                           // 17: sandboxd.v1.Event.AttributesEntry
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*NetworkStatus)(nil),         // 13: sandboxd.v1.NetworkStatus
+	(*Decision)(nil),              // 14: sandboxd.v1.Decision
+	(*Usage)(nil),                 // 15: sandboxd.v1.Usage
+	(*Event)(nil),                 // 16: sandboxd.v1.Event
+	nil,                           // 17: sandboxd.v1.Workload.LabelsEntry
+	nil,                           // 18: sandboxd.v1.Event.AttributesEntry
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
 }
 var file_sandboxd_v1_workload_proto_depIdxs = []int32{
-	16, // 0: sandboxd.v1.Workload.labels:type_name -> sandboxd.v1.Workload.LabelsEntry
+	17, // 0: sandboxd.v1.Workload.labels:type_name -> sandboxd.v1.Workload.LabelsEntry
 	5,  // 1: sandboxd.v1.Workload.spec:type_name -> sandboxd.v1.WorkloadSpec
 	12, // 2: sandboxd.v1.Workload.status:type_name -> sandboxd.v1.WorkloadStatus
-	18, // 3: sandboxd.v1.Workload.created_at:type_name -> google.protobuf.Timestamp
+	19, // 3: sandboxd.v1.Workload.created_at:type_name -> google.protobuf.Timestamp
 	0,  // 4: sandboxd.v1.WorkloadSpec.isolation:type_name -> sandboxd.v1.Isolation
 	7,  // 5: sandboxd.v1.WorkloadSpec.process:type_name -> sandboxd.v1.ProcessSpec
 	10, // 6: sandboxd.v1.WorkloadSpec.resources:type_name -> sandboxd.v1.Resources
@@ -1655,23 +1771,24 @@ var file_sandboxd_v1_workload_proto_depIdxs = []int32{
 	2,  // 11: sandboxd.v1.Mount.type:type_name -> sandboxd.v1.Mount.Type
 	1,  // 12: sandboxd.v1.WorkloadStatus.state:type_name -> sandboxd.v1.WorkloadState
 	0,  // 13: sandboxd.v1.WorkloadStatus.isolation:type_name -> sandboxd.v1.Isolation
-	13, // 14: sandboxd.v1.WorkloadStatus.decision:type_name -> sandboxd.v1.Decision
-	18, // 15: sandboxd.v1.WorkloadStatus.started_at:type_name -> google.protobuf.Timestamp
-	18, // 16: sandboxd.v1.WorkloadStatus.exited_at:type_name -> google.protobuf.Timestamp
-	0,  // 17: sandboxd.v1.Decision.isolation:type_name -> sandboxd.v1.Isolation
-	0,  // 18: sandboxd.v1.Decision.granted:type_name -> sandboxd.v1.Isolation
-	0,  // 19: sandboxd.v1.Usage.isolation:type_name -> sandboxd.v1.Isolation
-	18, // 20: sandboxd.v1.Usage.time:type_name -> google.protobuf.Timestamp
-	19, // 21: sandboxd.v1.Usage.cpu_time:type_name -> google.protobuf.Duration
-	18, // 22: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
-	3,  // 23: sandboxd.v1.Event.type:type_name -> sandboxd.v1.Event.Type
-	0,  // 24: sandboxd.v1.Event.isolation:type_name -> sandboxd.v1.Isolation
-	17, // 25: sandboxd.v1.Event.attributes:type_name -> sandboxd.v1.Event.AttributesEntry
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	14, // 14: sandboxd.v1.WorkloadStatus.decision:type_name -> sandboxd.v1.Decision
+	19, // 15: sandboxd.v1.WorkloadStatus.started_at:type_name -> google.protobuf.Timestamp
+	19, // 16: sandboxd.v1.WorkloadStatus.exited_at:type_name -> google.protobuf.Timestamp
+	13, // 17: sandboxd.v1.WorkloadStatus.networks:type_name -> sandboxd.v1.NetworkStatus
+	0,  // 18: sandboxd.v1.Decision.isolation:type_name -> sandboxd.v1.Isolation
+	0,  // 19: sandboxd.v1.Decision.granted:type_name -> sandboxd.v1.Isolation
+	0,  // 20: sandboxd.v1.Usage.isolation:type_name -> sandboxd.v1.Isolation
+	19, // 21: sandboxd.v1.Usage.time:type_name -> google.protobuf.Timestamp
+	20, // 22: sandboxd.v1.Usage.cpu_time:type_name -> google.protobuf.Duration
+	19, // 23: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	3,  // 24: sandboxd.v1.Event.type:type_name -> sandboxd.v1.Event.Type
+	0,  // 25: sandboxd.v1.Event.isolation:type_name -> sandboxd.v1.Isolation
+	18, // 26: sandboxd.v1.Event.attributes:type_name -> sandboxd.v1.Event.AttributesEntry
+	27, // [27:27] is the sub-list for method output_type
+	27, // [27:27] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_v1_workload_proto_init() }
@@ -1686,7 +1803,7 @@ func file_sandboxd_v1_workload_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_v1_workload_proto_rawDesc), len(file_sandboxd_v1_workload_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -140,7 +140,7 @@ func (x ExecFailure_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ExecFailure_Reason.Descriptor instead.
 func (ExecFailure_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{6, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8, 0}
 }
 
 type CopyRequest_Direction int32
@@ -191,7 +191,7 @@ func (x CopyRequest_Direction) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CopyRequest_Direction.Descriptor instead.
 func (CopyRequest_Direction) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24, 0}
 }
 
 type ConfigureRequest struct {
@@ -202,7 +202,10 @@ type ConfigureRequest struct {
 	// The daemon's wall clock. A guest kernel sets its own from it; a container shares the host's.
 	Now *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=now,proto3" json:"now,omitempty"`
 	// Fresh random bytes for a guest kernel's pool: 32 to 1024.
-	Entropy       []byte `protobuf:"bytes,4,opt,name=entropy,proto3" json:"entropy,omitempty"`
+	Entropy []byte `protobuf:"bytes,4,opt,name=entropy,proto3" json:"entropy,omitempty"`
+	// What the sandbox was joined to; absent where it has a loopback interface only. A guest kernel sets its interface up so; in
+	// a container that is done. resolv.conf and hosts say it in both.
+	Network       *Network `protobuf:"bytes,220,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -265,6 +268,197 @@ func (x *ConfigureRequest) GetEntropy() []byte {
 	return nil
 }
 
+func (x *ConfigureRequest) GetNetwork() *Network {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
+type Network struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// To be called so, wherever it came from: eth0.
+	Interface string `protobuf:"bytes,2,opt,name=interface,proto3" json:"interface,omitempty"`
+	// 6 bytes.
+	Mac []byte `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	// In bytes.
+	Mtu uint32 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	// With the length of the prefix: 10.1.0.2/24.
+	Addresses []string `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// In the order in which a kernel takes them.
+	Routes        []*Route `protobuf:"bytes,6,rep,name=routes,proto3" json:"routes,omitempty"`
+	Nameservers   []string `protobuf:"bytes,7,rep,name=nameservers,proto3" json:"nameservers,omitempty"`
+	Search        []string `protobuf:"bytes,8,rep,name=search,proto3" json:"search,omitempty"`
+	Options       []string `protobuf:"bytes,9,rep,name=options,proto3" json:"options,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Network) Reset() {
+	*x = Network{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Network) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Network) ProtoMessage() {}
+
+func (x *Network) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Network.ProtoReflect.Descriptor instead.
+func (*Network) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Network) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Network) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Network) GetMac() []byte {
+	if x != nil {
+		return x.Mac
+	}
+	return nil
+}
+
+func (x *Network) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Network) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Network) GetRoutes() []*Route {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *Network) GetNameservers() []string {
+	if x != nil {
+		return x.Nameservers
+	}
+	return nil
+}
+
+func (x *Network) GetSearch() []string {
+	if x != nil {
+		return x.Search
+	}
+	return nil
+}
+
+func (x *Network) GetOptions() []string {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+type Route struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A prefix: 0.0.0.0/0.
+	Destination string `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
+	// Empty where the destination is on the link.
+	Gateway string `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	// The address to send from, empty where the route leaves it open.
+	Source        string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Metric        uint32 `protobuf:"varint,4,opt,name=metric,proto3" json:"metric,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Route) Reset() {
+	*x = Route{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Route) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Route) ProtoMessage() {}
+
+func (x *Route) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Route.ProtoReflect.Descriptor instead.
+func (*Route) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Route) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Route) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *Route) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Route) GetMetric() uint32 {
+	if x != nil {
+		return x.Metric
+	}
+	return 0
+}
+
 type ConfigureResponse struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	ProtocolVersion uint32                 `protobuf:"varint,1,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
@@ -278,7 +472,7 @@ type ConfigureResponse struct {
 
 func (x *ConfigureResponse) Reset() {
 	*x = ConfigureResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -290,7 +484,7 @@ func (x *ConfigureResponse) String() string {
 func (*ConfigureResponse) ProtoMessage() {}
 
 func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -303,7 +497,7 @@ func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ConfigureResponse) GetProtocolVersion() uint32 {
@@ -350,7 +544,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -362,7 +556,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -375,7 +569,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateContainerRequest) GetContainerId() string {
@@ -414,7 +608,7 @@ type CreateContainerResponse struct {
 
 func (x *CreateContainerResponse) Reset() {
 	*x = CreateContainerResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -426,7 +620,7 @@ func (x *CreateContainerResponse) String() string {
 func (*CreateContainerResponse) ProtoMessage() {}
 
 func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -439,7 +633,7 @@ func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerResponse.ProtoReflect.Descriptor instead.
 func (*CreateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 type ExecRequest struct {
@@ -458,7 +652,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -470,7 +664,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -483,7 +677,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -526,7 +720,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +732,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +745,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -578,7 +772,7 @@ type ExecFailure struct {
 
 func (x *ExecFailure) Reset() {
 	*x = ExecFailure{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -590,7 +784,7 @@ func (x *ExecFailure) String() string {
 func (*ExecFailure) ProtoMessage() {}
 
 func (x *ExecFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -603,7 +797,7 @@ func (x *ExecFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecFailure.ProtoReflect.Descriptor instead.
 func (*ExecFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExecFailure) GetReason() ExecFailure_Reason {
@@ -632,7 +826,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -644,7 +838,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -657,7 +851,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Chunk) GetStream() Stream {
@@ -696,7 +890,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -708,7 +902,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -721,7 +915,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ReadOutputRequest) GetProcessId() string {
@@ -764,7 +958,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -776,7 +970,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -789,7 +983,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*Chunk {
@@ -821,7 +1015,7 @@ type WriteInputRequest struct {
 
 func (x *WriteInputRequest) Reset() {
 	*x = WriteInputRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -833,7 +1027,7 @@ func (x *WriteInputRequest) String() string {
 func (*WriteInputRequest) ProtoMessage() {}
 
 func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -846,7 +1040,7 @@ func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteInputRequest.ProtoReflect.Descriptor instead.
 func (*WriteInputRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WriteInputRequest) GetProcessId() string {
@@ -889,7 +1083,7 @@ type WriteInputResponse struct {
 
 func (x *WriteInputResponse) Reset() {
 	*x = WriteInputResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +1095,7 @@ func (x *WriteInputResponse) String() string {
 func (*WriteInputResponse) ProtoMessage() {}
 
 func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +1108,7 @@ func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteInputResponse.ProtoReflect.Descriptor instead.
 func (*WriteInputResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WriteInputResponse) GetClosed() bool {
@@ -942,7 +1136,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +1148,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +1161,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ResizeRequest) GetProcessId() string {
@@ -999,7 +1193,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1205,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1218,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 type SignalRequest struct {
@@ -1039,7 +1233,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1245,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1258,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignalRequest) GetProcessId() string {
@@ -1096,7 +1290,7 @@ type SignalResponse struct {
 
 func (x *SignalResponse) Reset() {
 	*x = SignalResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1302,7 @@ func (x *SignalResponse) String() string {
 func (*SignalResponse) ProtoMessage() {}
 
 func (x *SignalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1315,7 @@ func (x *SignalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalResponse.ProtoReflect.Descriptor instead.
 func (*SignalResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 type WaitRequest struct {
@@ -1135,7 +1329,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1341,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1354,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WaitRequest) GetProcessId() string {
@@ -1193,7 +1387,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1205,7 +1399,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1218,7 +1412,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WaitResponse) GetExited() bool {
@@ -1265,7 +1459,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1277,7 +1471,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1290,7 +1484,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReleaseRequest) GetProcessId() string {
@@ -1308,7 +1502,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1514,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1527,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 type RetainRequest struct {
@@ -1345,7 +1539,7 @@ type RetainRequest struct {
 
 func (x *RetainRequest) Reset() {
 	*x = RetainRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1357,7 +1551,7 @@ func (x *RetainRequest) String() string {
 func (*RetainRequest) ProtoMessage() {}
 
 func (x *RetainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1370,7 +1564,7 @@ func (x *RetainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetainRequest.ProtoReflect.Descriptor instead.
 func (*RetainRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RetainRequest) GetProcessIds() []string {
@@ -1388,7 +1582,7 @@ type RetainResponse struct {
 
 func (x *RetainResponse) Reset() {
 	*x = RetainResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1594,7 @@ func (x *RetainResponse) String() string {
 func (*RetainResponse) ProtoMessage() {}
 
 func (x *RetainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1607,7 @@ func (x *RetainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetainResponse.ProtoReflect.Descriptor instead.
 func (*RetainResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 type CopyRequest struct {
@@ -1429,7 +1623,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +1635,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +1648,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CopyRequest) GetContainerId() string {
@@ -1493,7 +1687,7 @@ type CopyResponse struct {
 
 func (x *CopyResponse) Reset() {
 	*x = CopyResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1505,7 +1699,7 @@ func (x *CopyResponse) String() string {
 func (*CopyResponse) ProtoMessage() {}
 
 func (x *CopyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1518,7 +1712,7 @@ func (x *CopyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
 func (*CopyResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type StatsRequest struct {
@@ -1529,7 +1723,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1541,7 +1735,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1554,7 +1748,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type StatsResponse struct {
@@ -1575,7 +1769,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1587,7 +1781,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1600,7 +1794,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatsResponse) GetMemoryTotalBytes() uint64 {
@@ -1662,7 +1856,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1868,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1881,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ShutdownRequest) GetGraceMs() uint32 {
@@ -1705,7 +1899,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1717,7 +1911,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1730,19 +1924,35 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 var File_sandboxd_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x1dsandboxd/agent/v1/agent.proto\x12\x11sandboxd.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa1\x01\n" +
+	"\x1dsandboxd/agent/v1/agent.proto\x12\x11sandboxd.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x01\n" +
 	"\x10ConfigureRequest\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12,\n" +
 	"\x03now\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x12\x18\n" +
-	"\aentropy\x18\x04 \x01(\fR\aentropy\"\xa3\x01\n" +
+	"\aentropy\x18\x04 \x01(\fR\aentropy\x125\n" +
+	"\anetwork\x18\xdc\x01 \x01(\v2\x1a.sandboxd.agent.v1.NetworkR\anetwork\"\x83\x02\n" +
+	"\aNetwork\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tinterface\x18\x02 \x01(\tR\tinterface\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\fR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x1c\n" +
+	"\taddresses\x18\x05 \x03(\tR\taddresses\x120\n" +
+	"\x06routes\x18\x06 \x03(\v2\x18.sandboxd.agent.v1.RouteR\x06routes\x12 \n" +
+	"\vnameservers\x18\a \x03(\tR\vnameservers\x12\x16\n" +
+	"\x06search\x18\b \x03(\tR\x06search\x12\x18\n" +
+	"\aoptions\x18\t \x03(\tR\aoptions\"s\n" +
+	"\x05Route\x12 \n" +
+	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
+	"\x06metric\x18\x04 \x01(\rR\x06metric\"\xa3\x01\n" +
 	"\x11ConfigureResponse\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12#\n" +
 	"\ragent_version\x18\x02 \x01(\tR\fagentVersion\x12%\n" +
@@ -1884,81 +2094,85 @@ func file_sandboxd_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(Stream)(0),                     // 0: sandboxd.agent.v1.Stream
 	(ExecFailure_Reason)(0),         // 1: sandboxd.agent.v1.ExecFailure.Reason
 	(CopyRequest_Direction)(0),      // 2: sandboxd.agent.v1.CopyRequest.Direction
 	(*ConfigureRequest)(nil),        // 3: sandboxd.agent.v1.ConfigureRequest
-	(*ConfigureResponse)(nil),       // 4: sandboxd.agent.v1.ConfigureResponse
-	(*CreateContainerRequest)(nil),  // 5: sandboxd.agent.v1.CreateContainerRequest
-	(*CreateContainerResponse)(nil), // 6: sandboxd.agent.v1.CreateContainerResponse
-	(*ExecRequest)(nil),             // 7: sandboxd.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 8: sandboxd.agent.v1.ExecResponse
-	(*ExecFailure)(nil),             // 9: sandboxd.agent.v1.ExecFailure
-	(*Chunk)(nil),                   // 10: sandboxd.agent.v1.Chunk
-	(*ReadOutputRequest)(nil),       // 11: sandboxd.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 12: sandboxd.agent.v1.ReadOutputResponse
-	(*WriteInputRequest)(nil),       // 13: sandboxd.agent.v1.WriteInputRequest
-	(*WriteInputResponse)(nil),      // 14: sandboxd.agent.v1.WriteInputResponse
-	(*ResizeRequest)(nil),           // 15: sandboxd.agent.v1.ResizeRequest
-	(*ResizeResponse)(nil),          // 16: sandboxd.agent.v1.ResizeResponse
-	(*SignalRequest)(nil),           // 17: sandboxd.agent.v1.SignalRequest
-	(*SignalResponse)(nil),          // 18: sandboxd.agent.v1.SignalResponse
-	(*WaitRequest)(nil),             // 19: sandboxd.agent.v1.WaitRequest
-	(*WaitResponse)(nil),            // 20: sandboxd.agent.v1.WaitResponse
-	(*ReleaseRequest)(nil),          // 21: sandboxd.agent.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 22: sandboxd.agent.v1.ReleaseResponse
-	(*RetainRequest)(nil),           // 23: sandboxd.agent.v1.RetainRequest
-	(*RetainResponse)(nil),          // 24: sandboxd.agent.v1.RetainResponse
-	(*CopyRequest)(nil),             // 25: sandboxd.agent.v1.CopyRequest
-	(*CopyResponse)(nil),            // 26: sandboxd.agent.v1.CopyResponse
-	(*StatsRequest)(nil),            // 27: sandboxd.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 28: sandboxd.agent.v1.StatsResponse
-	(*ShutdownRequest)(nil),         // 29: sandboxd.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 30: sandboxd.agent.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
+	(*Network)(nil),                 // 4: sandboxd.agent.v1.Network
+	(*Route)(nil),                   // 5: sandboxd.agent.v1.Route
+	(*ConfigureResponse)(nil),       // 6: sandboxd.agent.v1.ConfigureResponse
+	(*CreateContainerRequest)(nil),  // 7: sandboxd.agent.v1.CreateContainerRequest
+	(*CreateContainerResponse)(nil), // 8: sandboxd.agent.v1.CreateContainerResponse
+	(*ExecRequest)(nil),             // 9: sandboxd.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 10: sandboxd.agent.v1.ExecResponse
+	(*ExecFailure)(nil),             // 11: sandboxd.agent.v1.ExecFailure
+	(*Chunk)(nil),                   // 12: sandboxd.agent.v1.Chunk
+	(*ReadOutputRequest)(nil),       // 13: sandboxd.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 14: sandboxd.agent.v1.ReadOutputResponse
+	(*WriteInputRequest)(nil),       // 15: sandboxd.agent.v1.WriteInputRequest
+	(*WriteInputResponse)(nil),      // 16: sandboxd.agent.v1.WriteInputResponse
+	(*ResizeRequest)(nil),           // 17: sandboxd.agent.v1.ResizeRequest
+	(*ResizeResponse)(nil),          // 18: sandboxd.agent.v1.ResizeResponse
+	(*SignalRequest)(nil),           // 19: sandboxd.agent.v1.SignalRequest
+	(*SignalResponse)(nil),          // 20: sandboxd.agent.v1.SignalResponse
+	(*WaitRequest)(nil),             // 21: sandboxd.agent.v1.WaitRequest
+	(*WaitResponse)(nil),            // 22: sandboxd.agent.v1.WaitResponse
+	(*ReleaseRequest)(nil),          // 23: sandboxd.agent.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 24: sandboxd.agent.v1.ReleaseResponse
+	(*RetainRequest)(nil),           // 25: sandboxd.agent.v1.RetainRequest
+	(*RetainResponse)(nil),          // 26: sandboxd.agent.v1.RetainResponse
+	(*CopyRequest)(nil),             // 27: sandboxd.agent.v1.CopyRequest
+	(*CopyResponse)(nil),            // 28: sandboxd.agent.v1.CopyResponse
+	(*StatsRequest)(nil),            // 29: sandboxd.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 30: sandboxd.agent.v1.StatsResponse
+	(*ShutdownRequest)(nil),         // 31: sandboxd.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 32: sandboxd.agent.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
 }
 var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
-	31, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
-	9,  // 1: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
-	1,  // 2: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
-	0,  // 3: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
-	31, // 4: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
-	10, // 5: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
-	31, // 6: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
-	2,  // 7: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
-	3,  // 8: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
-	5,  // 9: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
-	7,  // 10: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
-	11, // 11: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
-	13, // 12: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
-	15, // 13: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
-	17, // 14: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
-	19, // 15: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
-	21, // 16: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
-	23, // 17: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
-	25, // 18: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
-	27, // 19: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
-	29, // 20: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
-	4,  // 21: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
-	6,  // 22: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
-	8,  // 23: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
-	12, // 24: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
-	14, // 25: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
-	16, // 26: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
-	18, // 27: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
-	20, // 28: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
-	22, // 29: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
-	24, // 30: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
-	26, // 31: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
-	28, // 32: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
-	30, // 33: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
-	21, // [21:34] is the sub-list for method output_type
-	8,  // [8:21] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	33, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
+	4,  // 1: sandboxd.agent.v1.ConfigureRequest.network:type_name -> sandboxd.agent.v1.Network
+	5,  // 2: sandboxd.agent.v1.Network.routes:type_name -> sandboxd.agent.v1.Route
+	11, // 3: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
+	1,  // 4: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
+	0,  // 5: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
+	33, // 6: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
+	12, // 7: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
+	33, // 8: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
+	2,  // 9: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
+	3,  // 10: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
+	7,  // 11: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
+	9,  // 12: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
+	13, // 13: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
+	15, // 14: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
+	17, // 15: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
+	19, // 16: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
+	21, // 17: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
+	23, // 18: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
+	25, // 19: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
+	27, // 20: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
+	29, // 21: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
+	31, // 22: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
+	6,  // 23: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
+	8,  // 24: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
+	10, // 25: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
+	14, // 26: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
+	16, // 27: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
+	18, // 28: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
+	20, // 29: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
+	22, // 30: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
+	24, // 31: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
+	26, // 32: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
+	28, // 33: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
+	30, // 34: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
+	32, // 35: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
+	23, // [23:36] is the sub-list for method output_type
+	10, // [10:23] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_agent_v1_agent_proto_init() }
@@ -1972,7 +2186,7 @@ func file_sandboxd_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_agent_v1_agent_proto_rawDesc), len(file_sandboxd_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   28,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
