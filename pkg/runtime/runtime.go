@@ -65,6 +65,13 @@ type Networker interface {
 	Connect(n spec.Network) error
 }
 
+// Explainer is an instance that can say why it ended.
+type Explainer interface {
+	// Why is one sentence, once Done is closed; empty if nothing is known. Parts of it come from inside: it is bounded and
+	// holds nothing that a terminal would obey, but it may lie.
+	Why() string
+}
+
 // Facts are what a status shows of an instance.
 type Facts struct {
 	// Of the first host process: the agent's or QEMU's.

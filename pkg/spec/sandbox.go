@@ -16,6 +16,9 @@ type Sandbox struct {
 	// The sandbox has only a loopback interface unless Joins(Network). What joins it to the network is not the runtime, but
 	// the runtime may have to make something to join.
 	Network string `json:"network,omitempty"`
+	// Where a runtime keeps what the sandbox's own kernel and its virtual machine monitor say, for pkg/console to read;
+	// empty for nowhere. It is the caller's to remove.
+	ConsolePath string `json:"consolePath,omitempty"`
 }
 
 // Usage is what the host counts for a sandbox: facts, from the cgroup and the host's file systems.

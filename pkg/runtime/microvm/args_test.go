@@ -24,7 +24,7 @@ var argsCases = map[string]vmArgs{
 	},
 	"kvm-trial": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelKVM, CPUs: 1, MemoryBytes: 128 << 20,
-		Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Transport: transportVhostUser, CID: 3, Console: true,
+		Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Transport: transportVhostUser, CID: 3, Verbose: true,
 	},
 }
 

@@ -63,12 +63,12 @@ func (r *Runtime) reopen(rec record) (_ *instance, err error) {
 	defer func() {
 		if err != nil {
 			for _, p := range i.processes {
-				err = errors.Join(err, p.Close())
+				err = errors.Join(err, p.pidfd.Close())
 			}
 		}
 	}()
 	for _, p := range rec.processes() {
-		pidfd, err := p.open()
+		pidfd, err := p.process.open()
 		if errors.Is(err, errGone) {
 			// Whatever is left of it is no sandbox.
 			return nil, errors.Join(runtime.ErrNotRunning, group.Kill())
@@ -76,7 +76,7 @@ func (r *Runtime) reopen(rec record) (_ *instance, err error) {
 		if err != nil {
 			return nil, err
 		}
-		i.processes = append(i.processes, pidfd)
+		i.processes = append(i.processes, member{p.name, pidfd})
 	}
 	token, err := rec.token()
 	if err != nil {
@@ -84,6 +84,9 @@ func (r *Runtime) reopen(rec record) (_ *instance, err error) {
 	}
 	if i.transport, err = r.attachTransport(rec, token); err != nil {
 		return nil, err
+	}
+	if i.voices, err = findVoices(rec, r.cfg.Logger); err != nil {
+		return nil, errors.Join(err, i.transport.Close())
 	}
 	return i, nil
 }

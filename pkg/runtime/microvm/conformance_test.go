@@ -67,9 +67,9 @@ func TestANewCgroupParentFindsOldVMs(t *testing.T) {
 	}
 	b.remove(t, second, s.ID)
 	for _, p := range rec.processes() {
-		if pidfd, err := p.open(); err == nil {
+		if pidfd, err := p.process.open(); err == nil {
 			pidfd.Close()
-			t.Errorf("process %d runs on after its VM was removed", p.PID)
+			t.Errorf("process %d runs on after its VM was removed", p.process.PID)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -33,18 +34,31 @@ type instance struct {
 	logger    *zap.Logger
 	// Of its writable layer; empty without one.
 	layer string
-	// Pidfds of its processes: QEMU, and the vsock helper where there is one.
-	processes []*os.File
+	// Its processes: QEMU, and the vsock helper where there is one.
+	processes []member
+	voices    *voices
+	// It was ended on purpose.
+	killed atomic.Bool
 
-	// Closed by follow, once.
+	// Closed by follow, once; why is set before.
 	done chan struct{}
+	why  string
 
 	mu sync.Mutex
 	// The connection by which the guest was seen to be up; the first Dial gets it. Guarded by mu.
 	first net.Conn
 }
 
-var _ runtime.Instance = (*instance)(nil)
+// member is one of a VM's processes.
+type member struct {
+	name  string // memberQEMU or memberHelper
+	pidfd *os.File
+}
+
+var (
+	_ runtime.Instance  = (*instance)(nil)
+	_ runtime.Explainer = (*instance)(nil)
+)
 
 // watch starts following i's processes. Close waits for it.
 func (r *Runtime) watch(i *instance) {
@@ -59,27 +73,42 @@ func (r *Runtime) watch(i *instance) {
 func (i *instance) follow() {
 	var waits sync.WaitGroup
 	defer waits.Wait()
-	ended := make(chan error, len(i.processes)) // nil: ended; otherwise abandoned
+	ended := make(chan death, len(i.processes))
 	for _, p := range i.processes {
-		waits.Go(func() { ended <- waitExit(p) })
+		waits.Go(func() {
+			status, err := waitExit(p.pidfd)
+			ended <- death{p.name, status, err}
+		})
 	}
 	grace := make(<-chan time.Time)
-	for n := 0; n < len(i.processes); {
+	var deaths []death
+	for len(deaths) < len(i.processes) {
 		select {
-		case err := <-ended:
-			if err != nil {
+		case d := <-ended:
+			if d.err != nil {
+				i.endVoices((*voices).leave)
 				return
 			}
-			n++
+			deaths = append(deaths, d)
 			grace = time.After(endGrace)
 		case <-grace:
-			if err := i.Kill(); err != nil {
+			if err := i.group.Kill(); err != nil {
 				i.logger.Error("cannot kill what is left of a microVM", zap.String("sandbox", i.rec.ID), zap.Error(err))
 			}
 		}
 	}
+	i.endVoices((*voices).end)
+	i.why = i.explain(deaths)
+	i.logger.Info("microVM ended", zap.String("sandbox", i.rec.ID), zap.String("why", i.why), zap.Stringers("processes", deaths),
+		zap.String("qemu", quote(i.voices.qemu)), zap.String("helper", quote(i.voices.helper)))
 	i.forget()
 	close(i.done)
+}
+
+func (i *instance) endVoices(how func(*voices) error) {
+	if err := how(i.voices); err != nil {
+		i.logger.Warn("the console's log of a microVM is incomplete", zap.String("sandbox", i.rec.ID), zap.Error(err))
+	}
 }
 
 // abandon makes follow return. The VM runs on.
@@ -88,7 +117,7 @@ func (i *instance) abandon() { i.forget() }
 // forget closes whatever the daemon holds of i.
 func (i *instance) forget() {
 	for _, p := range i.processes {
-		_ = p.Close() // a pidfd has nothing to lose
+		_ = p.pidfd.Close() // it has nothing to lose
 	}
 	if first := i.takeFirst(); first != nil {
 		_ = first.Close() // nothing was said on it
@@ -127,7 +156,20 @@ func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
 }
 
 // Kill implements runtime.Instance.
-func (i *instance) Kill() error { return i.group.Kill() }
+func (i *instance) Kill() error {
+	i.killed.Store(true)
+	return i.group.Kill()
+}
+
+// Why implements runtime.Explainer.
+func (i *instance) Why() string {
+	select {
+	case <-i.done:
+		return i.why
+	default:
+		return ""
+	}
+}
 
 // Done implements runtime.Instance.
 func (i *instance) Done() <-chan struct{} { return i.done }

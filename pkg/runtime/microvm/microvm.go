@@ -51,8 +51,8 @@ type Config struct {
 	QEMU string
 	// The sandbox-vsock binary; needed where the host has no /dev/vhost-vsock.
 	VsockHelper string
-	// Optional: guest kernels say on a serial console what they do, which costs a start about 150 ms. An error of Start
-	// quotes the end of it.
+	// Optional: guest kernels say on their console everything they do, which costs a start about 150 ms; else what goes
+	// wrong.
 	GuestConsole bool
 	Logger       *zap.Logger
 	Disk         *disk.Maker

@@ -4,27 +4,20 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 )
 
-const (
-	// maxLog bounds what a VM's process may write to its standard output and error: the kernel refuses the rest.
-	maxLog = 64 << 10
-	// maxQuote bounds how much of it an error message repeats.
-	maxQuote = 600
-	// lastCapability is more than any kernel has; dropping stops at the first that it does not know.
-	lastCapability = 63
-)
+// lastCapability is more than any kernel has; dropping stops at the first that it does not know.
+const lastCapability = 63
 
 // command is a process of a VM: QEMU or the vsock helper.
 type command struct {
@@ -35,7 +28,7 @@ type command struct {
 	// Its descriptors from 3 on.
 	files []*os.File
 	// Standard output and error.
-	log *os.File
+	out, err *os.File
 	// Working directory: empty, its own, where a core file or a stray relative path would go.
 	dir *os.File
 	// User and group it runs as, and the group that may open /dev/kvm, if it needs that.
@@ -64,7 +57,7 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 		return process{}, nil, err
 	}
 	defer null.Close()
-	files := []uintptr{null.Fd(), c.log.Fd(), c.log.Fd()}
+	files := []uintptr{null.Fd(), c.out.Fd(), c.err.Fd()}
 	for _, f := range c.files {
 		files = append(files, f.Fd())
 	}
@@ -199,19 +192,47 @@ func startTime(pid int) (uint64, error) {
 	return strconv.ParseUint(string(fields[startTimeField]), 10, 64)
 }
 
-// waitExit returns when the process has ended (nil), and reaps it if it is our child; or when pidfd is closed or its
-// deadline has passed.
-func waitExit(pidfd *os.File) error {
-	return onExit(pidfd, func(fd uintptr) {
-		_ = unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED|unix.WNOHANG, nil) // ECHILD: an earlier daemon's child
-	})
+// exitStatus is how a process ended; known only to its parent.
+type exitStatus struct {
+	known  bool
+	code   int
+	signal syscall.Signal
 }
 
-// waitStatus is waitExit for a child of ours whose exit status counts.
-func waitStatus(pid int, pidfd *os.File) (status syscall.WaitStatus, err error) {
-	werr := onExit(pidfd, func(uintptr) { _, err = syscall.Wait4(pid, &status, 0, nil) })
-	return status, errors.Join(werr, err)
+func (s exitStatus) String() string {
+	switch {
+	case !s.known:
+		return "ended, nobody knows how: sandboxd was restarted while it ran"
+	case s.signal != 0:
+		return fmt.Sprintf("was ended by signal %d (%v)", s.signal, s.signal)
+	default:
+		return fmt.Sprintf("exited with code %d", s.code)
+	}
 }
+
+// waitExit returns when the process has ended (nil), and reaps it if it is our child; or when pidfd is closed or its
+// deadline has passed.
+func waitExit(pidfd *os.File) (status exitStatus, err error) {
+	err = onExit(pidfd, func(fd uintptr) {
+		var info unix.Siginfo
+		err := unix.Waitid(unix.P_PIDFD, int(fd), &info, unix.WEXITED|unix.WNOHANG, nil)
+		if err != nil || info.Signo == 0 {
+			return // an earlier daemon's child
+		}
+		status.known = true
+		// si_status: after three ints, padding to the union's alignment, si_pid and si_uid (siginfo_t of 64-bit Linux).
+		n := *(*int32)(unsafe.Add(unsafe.Pointer(&info), 24))
+		if info.Code == cldExited {
+			status.code = int(n)
+		} else {
+			status.signal = syscall.Signal(n)
+		}
+	})
+	return status, err
+}
+
+// cldExited is CLD_EXITED: the process called exit. Other codes are of signals.
+const cldExited = 1
 
 // onExit calls fn when the process has ended.
 func onExit(pidfd *os.File, fn func(fd uintptr)) error {
@@ -238,44 +259,4 @@ func hasExited(pidfd uintptr) bool {
 		}
 		return err == nil && n == 1
 	}
-}
-
-// newLog makes the file for a process's output: in memory, of fixed size, sealed, so that the kernel refuses what would
-// make it larger. Nobody has to read it while the process writes.
-func newLog(name string) (*os.File, error) {
-	f, err := newMemfd(name)
-	if err != nil {
-		return nil, err
-	}
-	err = f.Truncate(maxLog)
-	if err == nil {
-		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot make a log: %w", err), f.Close())
-	}
-	return f, nil
-}
-
-// readLog is what a process has written, made fit for an error message.
-func readLog(f *os.File) string {
-	b, err := io.ReadAll(io.NewSectionReader(f, 0, maxLog))
-	if err != nil {
-		return ""
-	}
-	b, _, _ = bytes.Cut(b, []byte{0})
-	text := strings.Map(func(r rune) rune {
-		if r == '\n' || r == '\t' {
-			return ' '
-		}
-		if r < ' ' || r == 0x7f || r == 0xfffd {
-			return -1
-		}
-		return r
-	}, string(b))
-	text = strings.TrimSpace(text)
-	if len(text) > maxQuote {
-		text = "…" + strings.ToValidUTF8(text[len(text)-maxQuote:], "")
-	}
-	return text
 }

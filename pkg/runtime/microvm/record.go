@@ -32,6 +32,8 @@ type record struct {
 	Helper process `json:"helper,omitzero"`
 	// False for the guest that tries out KVM.
 	HasDisks bool `json:"hasDisks"`
+	// Where what it says is kept; empty for nowhere.
+	ConsolePath string `json:"consolePath,omitempty"`
 }
 
 func (r record) save(dir string) error {
@@ -67,9 +69,15 @@ func (r record) token() (token bootToken, err error) {
 }
 
 // processes are those that must run for the VM to.
-func (r record) processes() []process {
+func (r record) processes() []namedProcess {
+	all := []namedProcess{{memberQEMU, r.QEMU}, {memberHelper, r.Helper}}
 	if r.Transport.Name == transportKernel {
-		return []process{r.QEMU}
+		return all[:1]
 	}
-	return []process{r.QEMU, r.Helper}
+	return all
+}
+
+type namedProcess struct {
+	name    string
+	process process
 }

@@ -63,6 +63,9 @@ func (r *Runtime) killAll(ctx context.Context, id string) error {
 		// None, or one that was being written when its daemon died: nothing ran yet that it could name.
 		rec = record{CgroupParent: r.cfg.CgroupParent}
 	}
+	if i := r.running(id); i != nil {
+		i.killed.Store(true)
+	}
 	group, err := cgroup.Load(rec.CgroupParent, id)
 	if err == nil {
 		err = group.Delete(ctx)

@@ -46,10 +46,11 @@ func (b *boot) fsck(ctx context.Context, layer *os.File) (err error) {
 	if err != nil {
 		return fmt.Errorf("cannot check the writable layer: %w; install e2fsprogs", err)
 	}
-	log, err := b.keep(newLog("e2fsck"))
+	fsck, err := b.voice("e2fsck: ", nil)
 	if err != nil {
 		return err
 	}
+	defer fsck.end()
 	// It opens the file anew, by the descriptor's path, as its own user.
 	if err := layer.Chown(int(b.uid), int(b.uid)); err != nil {
 		return fmt.Errorf("cannot hand over the writable layer: %w", err)
@@ -59,22 +60,23 @@ func (b *boot) fsck(ctx context.Context, layer *os.File) (err error) {
 			err = errors.Join(err, fmt.Errorf("cannot take back the writable layer: %w", cerr))
 		}
 	}()
-	c := command{path: path, args: []string{"-p", "-f", fdPath(3)}, files: []*os.File{layer}, log: log, dir: b.work, uid: b.uid}
-	p, pidfd, err := c.start(b.group)
+	c := command{path: path, args: []string{"-p", "-f", fdPath(3)}, files: []*os.File{layer}, out: fsck.child, err: fsck.child, dir: b.work, uid: b.uid}
+	_, pidfd, err := c.start(b.group)
 	if err != nil {
 		return err
 	}
 	defer pidfd.Close() //nolint:errcheck // nothing to lose
 	stop := context.AfterFunc(ctx, func() { _ = killProcess(pidfd) })
-	status, err := waitStatus(p.PID, pidfd)
+	status, err := waitExit(pidfd)
 	stop()
+	fsck.end()
 	switch {
 	case err != nil:
 		return fmt.Errorf("cannot wait for e2fsck: %w", err)
 	case ctx.Err() != nil:
 		return fmt.Errorf("cannot check the writable layer: %w", ctx.Err())
-	case !status.Exited() || status.ExitStatus() > fsckCorrected:
-		return fmt.Errorf("cannot repair the writable layer: %s; delete the workload to start afresh", readLog(log))
+	case status.signal != 0 || status.code > fsckCorrected:
+		return fmt.Errorf("cannot repair the writable layer: e2fsck %v: %s; delete the workload to start afresh", status, fsck.source.Quote())
 	}
 	return nil
 }

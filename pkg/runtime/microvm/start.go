@@ -10,11 +10,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/console"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -69,9 +71,8 @@ type boot struct {
 	// Whether this start made the layer.
 	newLayer bool
 	work     *os.File
-	// What QEMU and the helper write.
-	log    *os.File
-	initrd *os.File
+	voices   *voices
+	initrd   *os.File
 	// Open files that only the start needs.
 	files []*os.File
 }
@@ -160,7 +161,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 			err = errors.Join(err, b.transport.Close())
 		}
 	}()
-	b.rec = record{ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks()}
+	b.rec = record{ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath}
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err
 	}
@@ -179,6 +180,15 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 	if err := b.makeWorkDir(); err != nil {
 		return nil, err
 	}
+	b.voices = &voices{}
+	if b.voices.log, err = console.Open(b.sandbox.ConsolePath); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil && i == nil {
+			err = errors.Join(err, b.voices.end())
+		}
+	}()
 	if err := b.makeLayer(ctx); err != nil {
 		return nil, err
 	}
@@ -226,41 +236,53 @@ func (b *boot) makeLayer(ctx context.Context) (err error) {
 	return b.repairLayer(ctx)
 }
 
+// voice makes one of the VM's voices.
+func (b *boot) voice(prefix string, seen func(string)) (*voice, error) {
+	return newVoice(b.voices.log.Source(prefix, seen), b.r.cfg.Logger)
+}
+
 // startProcesses starts the helper, then QEMU, and writes down that they run.
 func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance, err error) {
-	if b.log, err = b.keep(newLog("log")); err != nil {
-		return nil, err
-	}
-	i := &instance{rec: b.rec, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer}
+	i := &instance{rec: b.rec, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer, voices: b.voices}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.killStarted(i))
 		}
 	}()
-	run := func(c command) (process, error) {
-		c.log, c.dir, c.uid = b.log, b.work, b.uid
+	run := func(name string, c command, out, errors *voice) (process, error) {
+		c.out, c.err, c.dir, c.uid = out.child, errors.child, b.work, b.uid
 		p, pidfd, err := c.start(b.group)
 		if err == nil {
-			i.processes = append(i.processes, pidfd)
+			i.processes = append(i.processes, member{name, pidfd})
 		}
 		return p, err
-	}
-	qemu, err := b.qemu(token, ends.QEMU)
-	if err != nil {
-		return nil, err
 	}
 	if ends.Helper != nil {
 		helper, err := b.helper(ends.Helper)
 		if err != nil {
 			return nil, err
 		}
-		if i.rec.Helper, err = run(helper); err != nil {
+		if b.voices.helper, err = b.voice(helperPrefix, nil); err != nil {
+			return nil, err
+		}
+		if i.rec.Helper, err = run(memberHelper, helper, b.voices.helper, b.voices.helper); err != nil {
 			return nil, err
 		}
 	}
-	if i.rec.QEMU, err = run(qemu); err != nil {
+	qemu, err := b.qemu(token, ends.QEMU)
+	if err != nil {
 		return nil, err
 	}
+	if b.voices.guest, err = b.voice("", b.voices.kernel.note); err != nil {
+		return nil, err
+	}
+	if b.voices.qemu, err = b.voice(qemuPrefix, nil); err != nil {
+		return nil, err
+	}
+	if i.rec.QEMU, err = run(memberQEMU, qemu, b.voices.guest, b.voices.qemu); err != nil {
+		return nil, err
+	}
+	b.voices.all((*voice).started)
 	if err := i.rec.save(b.dir); err != nil {
 		return nil, err
 	}
@@ -272,10 +294,11 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 func (b *boot) killStarted(i *instance) error {
 	err := b.group.Kill()
 	for _, p := range i.processes {
-		if werr := p.SetReadDeadline(time.Now().Add(undoTimeout)); werr != nil {
+		if werr := p.pidfd.SetReadDeadline(time.Now().Add(undoTimeout)); werr != nil {
 			err = errors.Join(err, werr)
 		}
-		err = errors.Join(err, waitExit(p), p.Close())
+		_, werr := waitExit(p.pidfd)
+		err = errors.Join(err, werr, p.pidfd.Close())
 	}
 	return err
 }
@@ -314,7 +337,7 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 		MemoryBytes: b.sandbox.Resources.MemoryBytes &^ (1<<12 - 1),
 		Firmware:    firmware(path),
 		Transport:   b.rec.Transport.Name, CID: b.rec.Transport.CID,
-		Console: b.r.cfg.GuestConsole,
+		Verbose: b.r.cfg.GuestConsole,
 	}
 	if b.accel == accelTCG {
 		a.TSCKHz = b.r.tsc.kHz()
@@ -362,18 +385,11 @@ func (b *boot) awaitAgent(ctx context.Context, i *instance) error {
 	return forgetInitramfs(b.initrd)
 }
 
-// explain says why a guest did not come up: what QEMU wrote, or what state it is in.
+// explain says why a guest did not come up: how it ended, or what state it is in.
 func (b *boot) explain(ctx context.Context, i *instance, err error) error {
-	said := readLog(b.log)
-	if said == "" {
-		said = "it said nothing"
-		if !b.r.cfg.GuestConsole {
-			said += ", and the guest kernel is only heard with the guest console on"
-		}
-	}
 	select {
 	case <-i.done:
-		return spec.Errorf(spec.KindInternal, "the VM ended before its agent answered: %s", said)
+		return spec.Errorf(spec.KindInternal, "the VM ended before its agent answered: %s", i.Why())
 	default:
 	}
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
@@ -383,7 +399,11 @@ func (b *boot) explain(ctx context.Context, i *instance, err error) error {
 	if qerr != nil {
 		state = qerr.Error()
 	}
-	return spec.Errorf(spec.KindUnavailable, "the guest's agent did not answer in time (QEMU's state: %s; its messages: %s)", state, said)
+	said := strings.TrimSpace(quote(i.voices.qemu) + " " + quote(i.voices.guest))
+	if said == "" {
+		said = "none"
+	}
+	return spec.Errorf(spec.KindUnavailable, "the guest's agent did not answer in time (QEMU's state: %s; its and the guest kernel's messages: %s)", state, said)
 }
 
 // state asks QEMU for its run state.

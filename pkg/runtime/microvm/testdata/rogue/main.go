@@ -93,12 +93,37 @@ func obey(command string) (string, error) {
 		return touchMemory()
 	case "panic":
 		return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
+	case "triple fault":
+		// The kernel's own way to reset at once, which reboot=t makes a triple fault.
+		return "", os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0)
+	case "restart":
+		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+	case "shout":
+		return "", shout()
 	case "cmdline":
 		b, err := os.ReadFile("/proc/cmdline")
 		return strings.TrimSpace(string(b)), err
 	default:
 		return "", errors.New("unknown command")
 	}
+}
+
+// shout floods the console, pretends a panic in words for a terminal, and goes.
+func shout() error {
+	c, err := os.OpenFile("/dev/console", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	for range 1000 {
+		if _, err := fmt.Fprintln(c, strings.Repeat("\x1b]0;owned\a", 5)); err != nil {
+			return err
+		}
+	}
+	time.Sleep(3 * time.Second) // by then it is heard
+	if _, err := fmt.Fprintf(c, "\nKernel panic - not syncing: \x1b[2J%s\n", strings.Repeat("x", 10000)); err != nil {
+		return err
+	}
+	return unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 }
 
 // writeImage tries every way to change the image's drive, and answers with those that worked.
