@@ -20,17 +20,18 @@ import (
 const timestampFormat = "2006-01-02T15:04:05.000000000Z07:00"
 
 func (a *app) logsCommand() *cobra.Command {
-	var follow, timestamps bool
+	var follow, timestamps, console bool
 	var tail, since string
 	cmd := &cobra.Command{
 		Use:   "logs [flags] WORKLOAD",
 		Short: "Show what a workload wrote",
 		Long:  `Logs prints what the process wrote to standard output and standard error, each to the same stream here.`,
 		Example: `  sandboxctl logs -f --tail 100 web
+  sandboxctl logs --console web
   sandboxctl logs --since 10m --timestamps web 2>errors.txt`,
 		Args: exactArgs(1, "WORKLOAD"),
 		RunE: a.call(func(ctx context.Context, c *client.Client, args []string) error {
-			request := &sandboxdv1.StreamLogsRequest{Id: args[0], Follow: follow}
+			request := &sandboxdv1.StreamLogsRequest{Id: args[0], Follow: follow, Console: console}
 			var err error
 			if request.Tail, err = parseTail(tail); err != nil {
 				return err
@@ -44,6 +45,7 @@ func (a *app) logsCommand() *cobra.Command {
 	f := cmd.Flags()
 	boolFlag(f, &follow, "follow", "f", "go on until the workload ends")
 	boolFlag(f, &timestamps, "timestamps", "t", "put the time before each line")
+	boolFlag(f, &console, "console", "", "instead, what a VM's kernel and QEMU said: panics, errors, why it ended")
 	f.StringVar(&tail, "tail", "all", "only the last so many lines")
 	f.StringVar(&since, "since", "", "only from a time on: 2006-01-02T15:04:05Z, or 10m for ten minutes ago")
 	return cmd

@@ -15,7 +15,7 @@ import (
 const pieceBytes = 256 << 10
 
 func (s *workloadService) StreamLogs(r *sandboxdv1.StreamLogsRequest, stream grpc.ServerStreamingServer[sandboxdv1.StreamLogsResponse]) error {
-	o := workload.LogOptions{Follow: r.GetFollow(), Tail: -1, Since: timeFromAPI(r.GetSince())}
+	o := workload.LogOptions{Follow: r.GetFollow(), Tail: -1, Since: timeFromAPI(r.GetSince()), Console: r.GetConsole()}
 	if r.Tail != nil {
 		o.Tail = int(r.GetTail())
 	}

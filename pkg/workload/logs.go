@@ -11,6 +11,8 @@ type LogOptions struct {
 	// Last lines; negative means all.
 	Tail  int
 	Since time.Time
+	// Instead of what the process wrote: what the sandbox's own kernel and its virtual machine monitor said.
+	Console bool
 }
 
 // LogEntry is one piece of output as it was read, not cut at line ends.
@@ -25,6 +27,9 @@ func (m *Manager) Logs(ctx context.Context, ref string, o LogOptions, fn func(Lo
 	e, err := m.find(ref)
 	if err != nil {
 		return err
+	}
+	if o.Console {
+		return e.consoleLog(o, fn)
 	}
 	log, err := e.output()
 	if err != nil {

@@ -116,7 +116,7 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 			return nil, fmt.Errorf("cannot clear away the sandbox of the run before: %w", err)
 		}
 	}
-	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network})
+	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath()})
 	if err != nil {
 		return nil, err
 	}

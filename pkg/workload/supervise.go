@@ -166,7 +166,7 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 	e.release()
 	if exit == nil {
 		e.mustState(StateFailed, func(rec *record) {
-			rec.Status.Message = fmt.Sprintf("the sandbox ended before its process was seen to end: %v", cause)
+			rec.Status.Message = "the sandbox ended before its process was seen to end: " + why(r, cause)
 			rec.Status.HostPID = 0
 		})
 		return
@@ -177,6 +177,14 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		rec.Status.Message = strings.Join(append([]string{exitMessage(*exit)}, doubts...), "; ")
 		rec.Status.HostPID = 0
 	})
+}
+
+// why is what the runtime knows of an end, or else what was seen of it.
+func why(r *run, seen error) string {
+	if x, ok := r.inst.(runtime.Explainer); ok && x.Why() != "" {
+		return x.Why()
+	}
+	return fmt.Sprint(seen)
 }
 
 // shutDown has the agent end the sandbox in order, its writable layer written back. A sandbox that was killed meanwhile

@@ -1677,8 +1677,12 @@ type StreamLogsRequest struct {
 	// Go on until the workload ends.
 	Follow bool `protobuf:"varint,2,opt,name=follow,proto3" json:"follow,omitempty"`
 	// Only the last so many lines.
-	Tail          *uint32                `protobuf:"varint,3,opt,name=tail,proto3,oneof" json:"tail,omitempty"`
-	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	Tail  *uint32                `protobuf:"varint,3,opt,name=tail,proto3,oneof" json:"tail,omitempty"`
+	Since *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	// Instead of what the process wrote: what a VM's kernel said on its console, and what its virtual machine monitor and
+	// vsock helper complained about, the last 128 KiB at least. It comes from inside the VM: it may lie, but what a terminal
+	// would obey is escaped. A container has none; it can't be followed.
+	Console       bool `protobuf:"varint,300,opt,name=console,proto3" json:"console,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1739,6 +1743,13 @@ func (x *StreamLogsRequest) GetSince() *timestamppb.Timestamp {
 		return x.Since
 	}
 	return nil
+}
+
+func (x *StreamLogsRequest) GetConsole() bool {
+	if x != nil {
+		return x.Console
+	}
+	return false
 }
 
 type StreamLogsResponse struct {
@@ -2458,13 +2469,14 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\x04exit\x18\x04 \x01(\v2\x18.sandboxd.v1.ProcessExitH\x00R\x04exitB\n" +
 	"\n" +
 	"\bresponse\"\x0f\n" +
-	"\rAttachStarted\"\x9b\x01\n" +
+	"\rAttachStarted\"\xb6\x01\n" +
 	"\x11StreamLogsRequest\x12\x1a\n" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x17\n" +
 	"\x04tail\x18\x03 \x01(\rH\x00R\x04tail\x88\x01\x01\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05sinceB\a\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x19\n" +
+	"\aconsole\x18\xac\x02 \x01(\bR\aconsoleB\a\n" +
 	"\x05_tail\"\x8b\x01\n" +
 	"\x12StreamLogsResponse\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x121\n" +
