@@ -29,6 +29,8 @@ type VMBoot struct {
 	Token string `json:"token"`
 	// Kernel modules to load before anything else, in order: absolute paths in the initramfs.
 	Modules []string `json:"modules,omitempty"`
+	// Files of the initramfs that this guest does not need: they are memory of its.
+	Unused []string `json:"unused,omitempty"`
 	// The host's vsock port to dial (CID 2).
 	VsockPort uint32 `json:"vsockPort"`
 	// Block devices, by virtio-blk serial number (/sys/block/*/serial): the EROFS image, read-only, and the ext4 writable

@@ -13,7 +13,7 @@ import (
 )
 
 // networked are the isolations that can be joined.
-var networked = []string{"container"}
+var networked = isolations
 
 // addressesOf are a running workload's, from its status: IPv4, IPv6.
 func addressesOf(t *testing.T, d *daemon, id string) (v4, v6 string) {
@@ -35,7 +35,8 @@ func addressesOf(t *testing.T, d *daemon, id string) (v4, v6 string) {
 }
 
 // web serves one page on both kinds of addresses.
-const web = `mkdir -p /srv; echo served >/srv/page; exec httpd -f -p 80 -h /srv`
+// What it serves besides is large enough for the kernel to hand it on in pieces that exceed the MTU.
+const web = `mkdir -p /srv; head -c 4194304 /dev/urandom >/srv/large; md5sum </srv/large >/srv/sum; echo served >/srv/page; exec httpd -f -p 80 -h /srv`
 
 func fetch(address string) []string {
 	if strings.Contains(address, ":") {
@@ -76,6 +77,11 @@ func TestNetwork(t *testing.T) {
 				if r.Stdout != c.want {
 					t.Errorf("%s: exit code %d, wrote %q, want %q; stderr: %s", c.what, r.Code, r.Stdout, c.want, r.Stderr)
 				}
+			}
+			host := "http://" + v4
+			w.Exec(client, "sh", "-c", fmt.Sprintf("[ \"$(wget -qO- %s/large | md5sum)\" = \"$(wget -qO- %s/sum)\" ] && echo same", host, host)).Run().WantOut(t, "same\n")
+			if iso == "vm" { // and behind the other wall
+				d.Wall("container").Run(append([]string{"--network", "lan", busybox}, fetch(v6)...)...).Run().WantOut(t, "served\n")
 			}
 			// Who was not joined reaches nobody.
 			w.Run(append([]string{busybox}, fetch(v4)...)...).Run().WantError(t, 1, "unreachable")

@@ -57,6 +57,11 @@ func runVM() error {
 	if err := loadModules(boot.Modules); err != nil {
 		return err
 	}
+	for _, path := range boot.Unused {
+		if err := unix.Unlink(path); err != nil {
+			return fmt.Errorf("cannot remove %s: %w", path, err)
+		}
+	}
 	random, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("cannot open the random device: %w", err)
@@ -133,6 +138,11 @@ func (w *vmWall) configure(hostname string, now time.Time, entropy []byte, n *ne
 	}
 	if err := setClock(now); err != nil {
 		return err
+	}
+	if w.network = n; n != nil {
+		if err := n.setUp(); err != nil {
+			return fmt.Errorf("cannot set up network %s: %w", n.name, err)
+		}
 	}
 	return setHostname(hostname)
 }

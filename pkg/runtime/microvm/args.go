@@ -38,6 +38,8 @@ type vmArgs struct {
 	// The disks; both zero where there are none.
 	Image int
 	Disk  int
+	// The network card's tap; zero without a network.
+	Tap int
 	// Have the guest's kernel say everything, which costs the boot about 150 ms: else it says what goes wrong.
 	Verbose bool
 }
@@ -73,6 +75,7 @@ func (a vmArgs) table() []arg {
 	}
 	rows = append(rows, a.vsock()...)
 	rows = append(rows, a.disks()...)
+	rows = append(rows, a.network()...)
 	rows = append(rows,
 		// Non-blocking: what nobody reads is lost, and nobody waits. A byte takes an exit from the guest, but a quiet kernel
 		// says a line or two.
@@ -163,6 +166,16 @@ func (a vmArgs) disks() []arg {
 		{"-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,locking=on,discard=unmap", "locked: two VMs that write one disk destroy it; what the guest deletes, the host gets back"},
 		{"-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap", ""},
 		{"-device", "virtio-blk-device,drive=disk,serial=" + diskSerial, ""},
+	}
+}
+
+func (a vmArgs) network() []arg {
+	if a.Tap == 0 {
+		return nil
+	}
+	return []arg{
+		{"-netdev", fmt.Sprintf("tap,id=network,fd=%d,vhost=off", a.Tap), "opened by the daemon, in a namespace that QEMU is not in"},
+		{"-device", "virtio-net-device,netdev=network,mac=" + cardMAC, "the agent gives it the interface's address"},
 	}
 }
 

@@ -22,6 +22,11 @@ var argsCases = map[string]vmArgs{
 		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Image: 7, Disk: 8,
 		Transport: transportKernel, CID: 4711,
 	},
+	"network": {
+		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelTCG, CPUs: 1, MemoryBytes: 256 << 20, TSCKHz: 2596100,
+		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Image: 7, Disk: 8, Tap: 9,
+		Transport: transportVhostUser, CID: 3,
+	},
 	"kvm-trial": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelKVM, CPUs: 1, MemoryBytes: 128 << 20,
 		Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Transport: transportVhostUser, CID: 3, Verbose: true,

@@ -30,6 +30,10 @@ type guest struct {
 	initramfsPath string
 	// To load, in order, as paths in the initramfs.
 	modules []string
+	// After those, where there is a network.
+	networkModules []string
+	// Why there can be no network; nil if there can.
+	networkErr error
 }
 
 // prepareGuest makes what is missing below dir (state-dir/microvm). vmlinuz may be empty: then the host's newest
@@ -152,8 +156,13 @@ func (g *guest) prepareInitramfs(dir, agentPath string) error {
 	if err != nil {
 		return err
 	}
+	g.networkErr = tree.networkErr
 	for _, m := range modules {
-		g.modules = append(g.modules, modulePath(m))
+		if m.network {
+			g.networkModules = append(g.networkModules, modulePath(m))
+		} else {
+			g.modules = append(g.modules, modulePath(m))
+		}
 	}
 	archive := baseInitramfs(agent, modules)
 	sum := sha256.Sum256(archive)

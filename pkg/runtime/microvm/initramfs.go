@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -54,11 +55,16 @@ func bootInitramfs(boot spec.VMBoot) ([]byte, error) {
 }
 
 // vmBoot is what a guest is told.
-func (g *guest) vmBoot(token bootToken, port uint32) spec.VMBoot {
+func (g *guest) vmBoot(token bootToken, port uint32, network bool) spec.VMBoot {
+	modules, unused := g.modules, g.networkModules
+	if network {
+		modules, unused = slices.Concat(g.modules, g.networkModules), nil
+	}
 	return spec.VMBoot{
 		Version:     spec.ProtocolVersion,
 		Token:       hex.EncodeToString(token[:]),
-		Modules:     g.modules,
+		Modules:     modules,
+		Unused:      unused,
 		VsockPort:   port,
 		ImageSerial: imageSerial,
 		DiskSerial:  diskSerial,

@@ -40,6 +40,9 @@ type instance struct {
 	// It was ended on purpose.
 	killed atomic.Bool
 
+	// Where its network card is; nil without one, and once that is connected. Guarded by mu.
+	netns *os.File
+
 	// Closed by follow, once; why is set before.
 	done chan struct{}
 	why  string
@@ -119,6 +122,7 @@ func (i *instance) forget() {
 	for _, p := range i.processes {
 		_ = p.pidfd.Close() // it has nothing to lose
 	}
+	i.dropNetNS()
 	if first := i.takeFirst(); first != nil {
 		_ = first.Close() // nothing was said on it
 	}

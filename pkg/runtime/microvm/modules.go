@@ -22,7 +22,9 @@ var wantedModules = []struct {
 	name string
 	// Left out where the kernel has it neither built in nor as a module.
 	optional bool
-	reason   string
+	// Loaded only in a guest that is joined to a network.
+	network bool
+	reason  string
 }{
 	{name: "virtio_mmio", reason: "the bus of every device that QEMU's microvm machine has"},
 	{name: "virtio_blk", reason: "the image and the writable layer"},
@@ -31,6 +33,7 @@ var wantedModules = []struct {
 	{name: "crc32c_generic", optional: true, reason: "ext4 and erofs ask the crypto layer for crc32c by name, which no module's dependencies say"},
 	{name: "ext4", reason: "the writable layer's file system"},
 	{name: "overlay", reason: "the writable layer over the image"},
+	{name: "virtio_net", network: true, reason: "the network card"},
 }
 
 const (
@@ -48,6 +51,8 @@ var moduleEndings = []string{".ko", ".ko.zst", ".ko.xz", ".ko.gz"}
 type module struct {
 	name string
 	data []byte
+	// Only a network needs it.
+	network bool
 }
 
 // findModules finds the directory lib/modules/<release> that belongs to the kernel at vmlinuz: beside its own boot
@@ -72,6 +77,8 @@ type moduleTree struct {
 	// By name with underscores: path below dir.
 	paths   map[string]string
 	builtin map[string]bool
+	// Why load found no modules for a network: such a kernel can do all else.
+	networkErr error
 }
 
 func openModuleTree(dir string) (*moduleTree, error) {
@@ -120,7 +127,13 @@ func (t *moduleTree) load() ([]module, error) {
 		if want.optional && t.paths[want.name] == "" {
 			continue
 		}
-		if err := l.add(t, want.name, nil); err != nil {
+		l.network = want.network
+		err := l.add(t, want.name, nil)
+		if err != nil && want.network {
+			t.networkErr = fmt.Errorf("the guest kernel's module %s (%s): %w", want.name, want.reason, err)
+			continue
+		}
+		if err != nil {
 			return nil, spec.Errorf(spec.KindUnsupported, "the guest kernel's module %s (%s): %w", want.name, want.reason, err)
 		}
 	}
@@ -130,6 +143,7 @@ func (t *moduleTree) load() ([]module, error) {
 type moduleLoad struct {
 	modules []module
 	done    map[string]bool
+	network bool // of the module that is wanted
 }
 
 // add appends a module after those it depends on. parents are the modules being added, outermost first.
@@ -157,7 +171,7 @@ func (l *moduleLoad) add(t *moduleTree, name string, parents []string) error {
 		l.done = map[string]bool{}
 	}
 	l.done[name] = true
-	l.modules = append(l.modules, module{name: name, data: data})
+	l.modules = append(l.modules, module{name: name, data: data, network: l.network})
 	return nil
 }
 

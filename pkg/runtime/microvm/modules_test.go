@@ -88,6 +88,8 @@ func fakeTree(t *testing.T, change func(files map[string][]byte)) *moduleTree {
 		"kernel/fs/erofs.ko":                            fakeModule("libcrc32c"),
 		"kernel/fs/overlay.ko":                          fakeModule(""),
 		"kernel/lib/libcrc32c.ko":                       fakeModule(""),
+		"kernel/net/failover.ko":                        fakeModule(""),
+		"kernel/net/virtio_net.ko":                      fakeModule("failover,virtio"),
 	}
 	if change != nil {
 		change(files)
@@ -114,9 +116,30 @@ func TestModulesComeAfterThoseTheyDependOn(t *testing.T) {
 		}
 		names = append(names, m.name)
 	}
-	want := []string{"virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "vsock", "vsock_common", "vmw_vsock_virtio_transport", "libcrc32c", "erofs", "overlay"}
+	want := []string{"virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "vsock", "vsock_common", "vmw_vsock_virtio_transport", "libcrc32c", "erofs", "overlay", "failover", "virtio_net"}
 	if !slices.Equal(names, want) {
 		t.Errorf("%v, want %v", names, want)
+	}
+}
+
+// What a network alone needs is marked, and a kernel without it can do all else.
+func TestModulesOfANetwork(t *testing.T) {
+	tree := fakeTree(t, nil)
+	modules, err := tree.load()
+	if err != nil || tree.networkErr != nil {
+		t.Fatal(err, tree.networkErr)
+	}
+	for _, m := range modules {
+		if want := m.name == "failover" || m.name == "virtio_net"; m.network != want {
+			t.Errorf("%s is for a network: %t", m.name, m.network)
+		}
+	}
+	tree = fakeTree(t, func(f map[string][]byte) { delete(f, "kernel/net/virtio_net.ko") })
+	if modules, err = tree.load(); err != nil || len(modules) != 10 {
+		t.Errorf("%d modules without those of a network: %v", len(modules), err)
+	}
+	if tree.networkErr == nil || !strings.Contains(tree.networkErr.Error(), "virtio_net") {
+		t.Errorf("why there is no network: %v", tree.networkErr)
 	}
 }
 

@@ -20,7 +20,7 @@ const (
 func (r *Runtime) Probe(ctx context.Context) runtime.Availability {
 	var a runtime.Availability
 	for _, look := range []func(context.Context, *runtime.Availability) runtime.Check{
-		r.checkQEMU, r.checkKernel, r.checkAgent, r.checkKVM, r.checkVsock, r.checkDisk, r.checkAccelerator,
+		r.checkQEMU, r.checkKernel, r.checkAgent, r.checkKVM, r.checkVsock, r.checkDisk, r.checkNetworkCard, r.checkAccelerator,
 	} {
 		c := look(ctx, &a)
 		a.Checks = append(a.Checks, c)
@@ -67,6 +67,18 @@ func (r *Runtime) checkKernel(_ context.Context, a *runtime.Availability) runtim
 	}
 	a.GuestKernel = g.kernelPath
 	return runtime.Check{Name: "guest kernel", Result: checkOK, Finding: fmt.Sprintf("%s (%s) with %d modules", g.kernelPath, g.release, len(g.modules))}
+}
+
+// checkNetworkCard only warns: network none needs none of it.
+func (r *Runtime) checkNetworkCard(context.Context, *runtime.Availability) runtime.Check {
+	const name = "network cards"
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		return runtime.Check{Name: name, Result: checkWarning, Finding: err.Error(), Advice: "load the kernel module tun: VMs can be joined to no network without it"}
+	}
+	if g, err := r.guest(); err == nil && g.networkErr != nil {
+		return runtime.Check{Name: name, Result: checkWarning, Finding: g.networkErr.Error(), Advice: "use a guest kernel that has it: VMs can be joined to no network without it"}
+	}
+	return runtime.Check{Name: name, Result: checkOK, Finding: "VMs can be joined to networks by /dev/net/tun"}
 }
 
 func (r *Runtime) checkAgent(context.Context, *runtime.Availability) runtime.Check {

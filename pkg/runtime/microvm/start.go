@@ -73,6 +73,8 @@ type boot struct {
 	work     *os.File
 	voices   *voices
 	initrd   *os.File
+	// Nothing without a network.
+	card networkCard
 	// Open files that only the start needs.
 	files []*os.File
 }
@@ -81,9 +83,6 @@ type boot struct {
 func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, error) {
 	if err := checkID(s.ID); err != nil {
 		return nil, err
-	}
-	if spec.Joins(s.Network) {
-		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM: networks are not supported yet, use network none")
 	}
 	if s.Resources.MemoryBytes < minGuestMemory {
 		return nil, spec.Invalidf("spec.resources.memory_bytes", "a microVM's guest does not boot with %d MiB of memory, give it %d or more", s.Resources.MemoryBytes>>20, minGuestMemory>>20)
@@ -95,6 +94,9 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 	g, err := r.guest()
 	if err != nil {
 		return nil, fmt.Errorf("cannot start microVM: %w", err)
+	}
+	if spec.Joins(s.Network) && g.networkErr != nil {
+		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM with a network: %w; name a kernel that has it with --vm-kernel, or use network none", g.networkErr)
 	}
 	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
 	i, err := b.run(ctx)
@@ -243,9 +245,16 @@ func (b *boot) voice(prefix string, seen func(string)) (*voice, error) {
 
 // startProcesses starts the helper, then QEMU, and writes down that they run.
 func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance, err error) {
-	i := &instance{rec: b.rec, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer, voices: b.voices}
+	if spec.Joins(b.sandbox.Network) {
+		if b.card, err = newNetworkCard(); err != nil {
+			return nil, err
+		}
+		b.files = append(b.files, b.card.tap)
+	}
+	i := &instance{rec: b.rec, netns: b.card.netns, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer, voices: b.voices}
 	defer func() {
 		if err != nil {
+			i.dropNetNS()
 			err = errors.Join(err, b.killStarted(i))
 		}
 	}()
@@ -347,11 +356,14 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	a.Vsock = add(vsock, nil)
 	a.QMP = add(b.keep(listenUnix(b.dir, qmpSocket)))
 	a.Kernel = add(b.keep(os.Open(b.guest.vmlinuxPath)))
-	b.initrd, err = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport.Port), b.uid))
+	b.initrd, err = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport.Port, b.card.tap != nil), b.uid))
 	a.Initrd = add(b.initrd, err)
 	if b.hasDisks() {
 		a.Image = add(b.keep(openImage(b.sandbox.ImagePath)))
 		a.Disk = add(b.keep(os.OpenFile(b.layer, os.O_RDWR|unix.O_NOFOLLOW, 0)))
+	}
+	if b.card.tap != nil {
+		a.Tap = add(b.card.tap, nil)
 	}
 	c.args = a.argv()
 	return c, errs

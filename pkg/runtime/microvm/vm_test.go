@@ -215,7 +215,6 @@ func TestFailedStartsLeaveNothing(t *testing.T) {
 	}{
 		"no image":       {sandbox: func(s *spec.Sandbox) { s.ImagePath += ".missing" }, want: "cannot open the image"},
 		"image is a dir": {sandbox: func(s *spec.Sandbox) { s.ImagePath = "/etc" }, want: "not a regular file"},
-		"network":        {sandbox: func(s *spec.Sandbox) { s.Network = "lan" }, want: "not supported"},
 		"bad id":         {sandbox: func(s *spec.Sandbox) { s.ID = "../../etc" }, want: "not the id"},
 		"tiny disk":      {sandbox: func(s *spec.Sandbox) { s.Resources.DiskBytes = 1 }, want: "writable layer"},
 		"little memory":  {sandbox: func(s *spec.Sandbox) { s.Resources.MemoryBytes = 24 << 20 }, want: "memory"},
