@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,10 @@ const (
 	// loopPause is how long to wait for devtmpfs to show the node of a device the kernel just made.
 	loopPause = time.Millisecond
 )
+
+// attaching has this process's callers take turns: the kernel tells whoever asks which device is free, and all of 200 callers the
+// same one.
+var attaching sync.Mutex
 
 // AttachLoop puts file behind a free loop device and answers with the device, open. The kernel frees the device once it
 // is closed and nothing has it mounted any more (LO_FLAGS_AUTOCLEAR), whoever dies. Read-only is enforced by the kernel
@@ -35,6 +40,8 @@ func AttachLoop(file *os.File, readOnly bool) (*os.File, error) {
 		config.Info.Flags |= unix.LO_FLAGS_READ_ONLY
 		mode = os.O_RDONLY
 	}
+	attaching.Lock()
+	defer attaching.Unlock()
 	for range loopTries {
 		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
 		if err != nil {
