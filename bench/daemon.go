@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"google.golang.org/grpc"
@@ -50,6 +51,9 @@ func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(dir, "run"),
 		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d", os.Getpid()), "--id-dir", filepath.Join(dir, "ids"),
 		"--vm-accel", "auto", "--vm-kernel", kernels[len(kernels)-1])
+	if o.pool > 0 {
+		d.cmd.Args = append(d.cmd.Args, "--agent-pool", strconv.Itoa(o.pool))
+	}
 	if o.trace {
 		d.cmd.Args = append(d.cmd.Args, "--trace", filepath.Join(dir, traceFile))
 	}

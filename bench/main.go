@@ -26,6 +26,7 @@ type options struct {
 	crowd      int
 	asJSON     bool
 	trace      bool
+	pool       int
 	only       string
 }
 
@@ -37,6 +38,7 @@ func main() {
 	flag.IntVar(&o.vmRuns, "vm-runs", 10, "measured runs of each VM command")
 	flag.IntVar(&o.crowd, "crowd", 10, "sandboxes at once where memory is measured")
 	flag.BoolVar(&o.trace, "trace", false, "show the phases of a container's life instead, -runs of them")
+	flag.IntVar(&o.pool, "pool", 0, "size of the daemon's pool of waiting agents")
 	flag.StringVar(&o.only, "only", "", "measure only these parts, parted by commas: "+strings.Join(partNames(), ", "))
 	flag.BoolVar(&o.asJSON, "json", false, "print the rows as JSON")
 	flag.Parse()
@@ -57,6 +59,10 @@ var parts = []struct {
 	{"exec", benchExec},
 	{"vm", benchVMs},
 	{"memory", benchMemory},
+	{"many", benchMany},
+	{"rate", benchRates},
+	{"output", benchOutput},
+	{"execs", benchManyExecs},
 }
 
 func partNames() []string {

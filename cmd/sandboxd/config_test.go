@@ -33,7 +33,7 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 func TestEveryFlagIsAKey(t *testing.T) {
 	values := map[string]string{
 		"listen": "unix:///x", "socket-group": "g", "state-dir": "/s", "run-dir": "/r", "id-dir": "/i", "policy": "/p", "vm-accel": "tcg",
-		"vm-kernel": "/k", "vm-kvm-trial": "3s", "agent": "/a", "vsock-helper": "/v", "cgroup-parent": "c", "log-level": "warn", "log-format": "json", "trace": "/t", "cni-conf-dir": "/n", "cni-plugin-dir": "/q",
+		"vm-kernel": "/k", "vm-kvm-trial": "3s", "agent": "/a", "vsock-helper": "/v", "cgroup-parent": "c", "log-level": "warn", "log-format": "json", "trace": "/t", "cni-conf-dir": "/n", "cni-plugin-dir": "/q", "agent-pool": "3",
 	}
 	var lines []string
 	for key, value := range values {

@@ -75,7 +75,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	}
 	d.onClose(d.closeListener)
 
-	runtimes, err := d.newRuntimes(c, log)
+	runtimes, warm, err := d.newRuntimes(c, log)
 	if err != nil {
 		return nil, err
 	}
@@ -106,6 +106,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	if err := manager.Recover(ctx); err != nil {
 		return nil, fmt.Errorf("cannot recover workloads: %w", err)
 	}
+	warm()
 	// Not before: recovery removes every sandbox without a record, and a probe's trial is one. The first workload then
 	// finds the answer ready, or waits for the rest of the look.
 	var looking sync.WaitGroup
@@ -190,31 +191,32 @@ func leaveNoEmptyCgroup(parent string) error {
 	return err
 }
 
-// newRuntimes is where the daemon learns which walls there are.
-func (d *daemon) newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runtime.Runtime, error) {
+// newRuntimes is where the daemon learns which walls there are. warm has them make sandboxes ahead of time, after recovery.
+func (d *daemon) newRuntimes(c config, log *zap.Logger) (_ map[spec.Isolation]runtime.Runtime, warm func(), err error) {
 	agent, err := program("agent", c.agent, "sandbox-agent")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	helper, err := program("vsock-helper", c.vsockHelper, "sandbox-vsock")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ids, err := idrange.Open(c.idDir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	d.onClose(func() error { return leaveNoEmptyCgroup(c.cgroup) })
 	disks := disk.NewMaker(filepath.Join(c.stateDir, "disk-templates"))
 	if err := disks.RemoveUnfinished(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	containers, err := container.New(container.Config{
 		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
 		Logger: log.Named("container"), Disk: disks, IDs: ids,
+		Pool: container.Pool{Size: c.agentPool, DiskBytes: workload.DefaultResources.DiskBytes},
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	d.onClose(containers.Close)
 	vms, err := microvm.New(microvm.Config{
@@ -223,11 +225,11 @@ func (d *daemon) newRuntimes(c config, log *zap.Logger) (map[spec.Isolation]runt
 		Kernel: c.vmKernel, Accel: c.vmAccel, KVMTrial: c.vmKVMTrial, VsockHelper: helper,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	d.onClose(vms.Close)
 	return map[spec.Isolation]runtime.Runtime{
 		spec.IsolationContainer: containers,
 		spec.IsolationVM:        vms,
-	}, nil
+	}, containers.Warm, nil
 }

@@ -169,6 +169,14 @@ func New(parent, id string, l Limits) (*Group, error) {
 	return g, nil
 }
 
+// Limit sets the group's limits anew.
+func (g *Group) Limit(l Limits) error {
+	if err := g.h.create(g.path, l); err != nil {
+		return fmt.Errorf("cannot limit the cgroup %s: %w", g.path, err)
+	}
+	return nil
+}
+
 // Load finds a group that an earlier daemon made; an error of KindNotFound if there is none.
 func Load(parent, id string) (*Group, error) {
 	g, err := open(parent, id)

@@ -37,7 +37,15 @@ func buildAgent(t *testing.T) string {
 	return path
 }
 
-func TestConformance(t *testing.T) {
+func TestConformance(t *testing.T) { conformance(t, container.Pool{}) }
+
+// A pool changes nothing but how long a start takes.
+func TestConformanceWithPool(t *testing.T) {
+	conformance(t, container.Pool{Size: 3, DiskBytes: runtimetest.Resources.DiskBytes})
+}
+
+func conformance(t *testing.T, pool container.Pool) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for namespaces, mounts and cgroups: run the tests as root")
 	}
@@ -66,11 +74,12 @@ func TestConformance(t *testing.T) {
 			r, err := container.New(container.Config{
 				RunDir: filepath.Join(dir, "run"), StateDir: filepath.Join(dir, "state"),
 				CgroupParent: parent, Agent: agent, Logger: zaptest.NewLogger(t),
-				Disk: disk.NewMaker(templates), IDs: ids,
+				Disk: disk.NewMaker(templates), IDs: ids, Pool: pool,
 			})
 			if err != nil {
 				t.Fatal(err)
 			}
+			r.Warm()
 			return r
 		},
 	})

@@ -52,6 +52,8 @@ type Config struct {
 	Disk   *disk.Maker
 	IDs    *idrange.Allocator
 	Logger *zap.Logger
+	// How many agents wait for a sandbox, made ahead of time; 0 for none. See pool.
+	Pool Pool
 }
 
 // Runtime builds sandboxes of namespaces. Close it when the daemon ends; its sandboxes go on.
@@ -64,10 +66,12 @@ type Runtime struct {
 	spawner *spawner
 	// The layers of sandboxes that have ended.
 	unmounts *unmounts
+	// Sandboxes made ahead of time.
+	pool *pool
 
 	mu        sync.Mutex
 	instances map[string]*instance // those this daemon started or attached to, until they are removed
-	trials    map[string]bool      // what Probe is making right now, and List does not name
+	hidden    map[string]bool      // what Probe is making right now and what waits in the pool: List does not name it
 }
 
 var (
@@ -100,7 +104,7 @@ func New(c Config) (*Runtime, error) {
 	r := &Runtime{
 		config: c, log: c.Logger.Named(name),
 		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{}, unmounts: newUnmounts(),
-		instances: map[string]*instance{}, trials: map[string]bool{},
+		instances: map[string]*instance{}, hidden: map[string]bool{},
 	}
 	// What this process was started with (a shell's or systemd's descriptors) is not for sandboxes; all that Go opens is
 	// marked already.
@@ -110,11 +114,16 @@ func New(c Config) (*Runtime, error) {
 	if err := ownDir(r.dir("")); err != nil {
 		return nil, fmt.Errorf("cannot make a container runtime: %w", err)
 	}
+	var err error
+	if r.pool, err = newPool(r, c.Pool); err != nil {
+		return nil, fmt.Errorf("cannot make a container runtime: %w", err)
+	}
 	return r, nil
 }
 
 // Close gives back what the daemon itself holds. Sandboxes go on; instances handed out no longer report their end.
 func (r *Runtime) Close() error {
+	poolErr := r.pool.close()
 	r.mu.Lock()
 	instances := slices.Collect(maps.Values(r.instances))
 	clear(r.instances)
@@ -124,7 +133,7 @@ func (r *Runtime) Close() error {
 	}
 	r.unmounts.wait()
 	r.spawner.close()
-	return errors.Join(r.mounts.close(), r.agent.close())
+	return errors.Join(poolErr, r.mounts.close(), r.agent.close())
 }
 
 func (r *Runtime) dir(id string) string { return filepath.Join(r.config.RunDir, name, id) }
@@ -188,7 +197,7 @@ func (r *Runtime) Attach(_ context.Context, id string) (runtime.Instance, error)
 	if err != nil {
 		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
 	}
-	group, err := cgroup.Load(rec.CgroupParent, id)
+	group, err := cgroup.Load(rec.CgroupParent, rec.MadeAs)
 	if err != nil {
 		_ = pidfd.Close() // nothing was done with it
 		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
@@ -229,7 +238,7 @@ func (r *Runtime) List(context.Context) ([]string, error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	ids = slices.DeleteFunc(ids, func(id string) bool { return validID(id) != nil || r.trials[id] })
+	ids = slices.DeleteFunc(ids, func(id string) bool { return validID(id) != nil || r.hidden[id] })
 	slices.Sort(ids)
 	return slices.Compact(ids), nil
 }
@@ -237,6 +246,7 @@ func (r *Runtime) List(context.Context) ([]string, error) {
 // destroy is the one way a sandbox ends: after Remove and Release, after a Start that failed, and after a daemon that
 // died. Each step works whether or not the thing exists; the record goes last, so that a destroy that failed is found.
 func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
+	defer r.pool.note()
 	// A teardown that began is finished, whoever stops waiting for it.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTimeout)
 	defer cancel()
@@ -244,16 +254,16 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	if layer {
 		verb = "remove: "
 	}
-	parent := r.config.CgroupParent
+	parent, madeAs := r.config.CgroupParent, id
 	rec, err := readRecord(r.dir(id))
 	switch {
 	case err == nil:
-		parent = rec.CgroupParent
+		parent, madeAs = rec.CgroupParent, rec.MadeAs
 	case !errors.Is(err, fs.ErrNotExist):
 		// Half a record cannot be: it is written whole. Go on with what the configuration says.
 		r.log.Warn("cannot read a sandbox's record", zap.String("sandbox", id), zap.Error(err))
 	}
-	err = timed(id, verb+"processes and cgroup", func() error { return r.end(ctx, parent, id) })
+	err = timed(id, verb+"processes and cgroup", func() error { return r.end(ctx, parent, id, madeAs) })
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
@@ -261,7 +271,7 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
-	if err := timed(id, verb+"ids", func() error { return r.config.IDs.Release(id) }); err != nil {
+	if err := timed(id, verb+"ids", func() error { return r.config.IDs.Release(madeAs) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	if layer {
@@ -270,10 +280,27 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 		}
 	}
+	if err := r.removeUnnamed(ctx, id, madeAs); err != nil {
+		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
+	}
 	if err := timed(id, verb+"record", func() error { return os.RemoveAll(r.dir(id)) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	return nil
+}
+
+// removeUnnamed removes a layer that did not get its sandbox's id, because the daemon died, or failed, just then.
+func (r *Runtime) removeUnnamed(ctx context.Context, id, madeAs string) error {
+	if madeAs == id {
+		return nil
+	}
+	if _, err := os.Lstat(filepath.Dir(disk.LayerPath(r.config.StateDir, madeAs))); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := r.unmounts.ended(ctx, r, madeAs); err != nil {
+		return err
+	}
+	return r.unmounts.remove(r.config.StateDir, madeAs)
 }
 
 func timed(id, name string, fn func() error) error {
@@ -282,8 +309,8 @@ func timed(id, name string, fn func() error) error {
 }
 
 // end kills every process of a sandbox, waits until they are gone and deletes its cgroup.
-func (r *Runtime) end(ctx context.Context, parent, id string) error {
-	group, err := cgroup.Load(parent, id)
+func (r *Runtime) end(ctx context.Context, parent, id, madeAs string) error {
+	group, err := cgroup.Load(parent, madeAs)
 	if err != nil && spec.KindOf(err) != spec.KindNotFound {
 		return err
 	}

@@ -26,6 +26,8 @@ type crash struct {
 	Dir, Parent string
 	Sandbox     spec.Sandbox
 	AfterStep   int
+	// When a daemon with a pool dies instead.
+	Pool string
 }
 
 // crashingDaemon is the daemon's half of TestDaemonDiesInTheMiddleOfAStart, in a process of its own.
@@ -33,6 +35,11 @@ func crashingDaemon(at string) {
 	var c crash
 	err := json.Unmarshal([]byte(at), &c)
 	h := hostAt(c.Dir, c.Parent)
+	if err == nil && c.Pool != "" {
+		err = crashWithPool(h, c)
+		fmt.Fprintln(os.Stderr, "the daemon lives:", err)
+		os.Exit(1)
+	}
 	if err == nil {
 		h.config.IDs, err = idrange.Open(filepath.Join(c.Dir, "ids"))
 	}
@@ -60,7 +67,7 @@ func TestDaemonDiesInTheMiddleOfAStart(t *testing.T) {
 		t.Run(strconv.Itoa(n)+" "+step.name, func(t *testing.T) {
 			h := newHost(t)
 			s := h.sandbox(1)
-			at, err := json.Marshal(crash{filepath.Dir(h.config.RunDir), h.config.CgroupParent, s, n})
+			at, err := json.Marshal(crash{Dir: filepath.Dir(h.config.RunDir), Parent: h.config.CgroupParent, Sandbox: s, AfterStep: n})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -84,8 +84,8 @@ func (r *Runtime) probe(ctx context.Context) (string, error) {
 		ImagePath: image.Name(),
 		Resources: spec.Resources{CPUMillis: 1000, MemoryBytes: 64 << 20, Pids: 64, DiskBytes: 16 << 20},
 	}
-	r.setTrial(s.ID, true)
-	defer r.setTrial(s.ID, false)
+	r.hide(s.ID, true)
+	defer r.hide(s.ID, false)
 	_, err = r.start(ctx, s, image)
 	var failed *stepError
 	if errors.As(err, &failed) {
@@ -97,15 +97,15 @@ func (r *Runtime) probe(ctx context.Context) (string, error) {
 	return "", r.destroy(ctx, s.ID, true)
 }
 
-// setTrial hides a trial sandbox from List, so that nobody takes it for something left behind. One that really was left
+// hide keeps a sandbox from List, so that nobody takes it for something left behind. One that really was left
 // behind, by a daemon that died, is named by the next.
-func (r *Runtime) setTrial(id string, on bool) {
+func (r *Runtime) hide(id string, on bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if on {
-		r.trials[id] = true
+		r.hidden[id] = true
 	} else {
-		delete(r.trials, id)
+		delete(r.hidden, id)
 	}
 }
 

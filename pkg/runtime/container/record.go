@@ -25,17 +25,20 @@ type record struct {
 	ID      string `json:"id"`
 	// Where the cgroup is, whatever the next daemon is configured with.
 	CgroupParent string `json:"cgroupParent"`
-	DiskBytes    uint64 `json:"diskBytes"`
-	PidsLimit    uint32 `json:"pidsLimit"`
 	// The host's id of the sandbox's root, with Ready.
 	IDBase uint32 `json:"idBase,omitempty"`
+	// The name of the cgroup, and the owner of the id range: the sandbox's id, or the one it was made under when it waited in
+	// the pool. Until it is handed out its layer bears that one too.
+	MadeAs    string `json:"madeAs"`
+	DiskBytes uint64 `json:"diskBytes"`
+	PidsLimit uint32 `json:"pidsLimit"`
 	// The agent's answer was seen. Below it: the agent's process, as /proc identifies it.
 	Ready     bool   `json:"ready,omitempty"`
 	PID       int    `json:"pid,omitempty"`
 	StartTime uint64 `json:"startTime,omitempty"`
 }
 
-const recordVersion = 1
+const recordVersion = 2
 
 // writeRecord replaces a record in one step: a reader sees the old one or the new one.
 func writeRecord(dir string, r record) error {

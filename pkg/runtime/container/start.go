@@ -34,6 +34,10 @@ var devices = []cgroup.Device{
 type start struct {
 	r *Runtime
 	s spec.Sandbox
+	// What the cgroup and the id range are made under: see record.MadeAs.
+	madeAs string
+	// The loop device below the writable layer.
+	loop string
 	// The image, open for reading; not the start's to close.
 	imageFile *os.File
 
@@ -61,22 +65,24 @@ type step struct {
 	// Runs beside the steps after it, up to the first that awaits it.
 	beside bool
 	awaits bool
+	// Asks nothing of the sandbox but the size of its layer: done ahead of time for those in the pool.
+	ahead bool
 }
 
 // steps make a sandbox, in this order. What takes long goes side by side: the layer is made while the agent is forked, the
 // root file system while the agent's runtime initialises.
 var steps = []step{
-	{name: "record", run: (*start).writeRecord,
+	{name: "record", run: (*start).writeRecord, ahead: true,
 		advice: "check that the run directory is on a writable file system"},
-	{name: "writable layer", run: (*start).attachLayer, beside: true,
+	{name: "writable layer", run: (*start).attachLayer, beside: true, ahead: true,
 		advice: "install e2fsprogs, load the kernel modules loop and ext4, check free space in the state directory"},
-	{name: "ids", run: (*start).allocateIDs,
+	{name: "ids", run: (*start).allocateIDs, ahead: true,
 		advice: "check the directory of id ranges, and remove sandboxes that nobody needs"},
-	{name: "cgroup", run: (*start).makeGroup,
+	{name: "cgroup", run: (*start).makeGroup, ahead: true,
 		advice: "mount cgroup2 on /sys/fs/cgroup with the controllers cpu, memory and pids, or run sandboxd outside of a container that hides them"},
-	{name: "socket", run: (*start).makeSocket,
+	{name: "socket", run: (*start).makeSocket, ahead: true,
 		advice: "check that the run directory is on a file system that has sockets"},
-	{name: "namespaces", run: (*start).spawn,
+	{name: "namespaces", run: (*start).spawn, ahead: true,
 		advice: "allow user namespaces: sysctl user.max_user_namespaces must be above 0; run sandboxd as root"},
 	{name: "root file system", run: (*start).buildRoot, awaits: true,
 		advice: "use kernel 6.1 or newer with the modules erofs and overlay"},
@@ -111,6 +117,14 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 }
 
 func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File) (*instance, error) {
+	r.pool.note()
+	defer r.pool.note()
+	if st := r.pool.take(s); st != nil {
+		i, err := r.finish(ctx, st, s, img)
+		if !errors.Is(err, errTaken) {
+			return i, err
+		}
+	}
 	// Outside of the steps: what exists already is not this start's to undo.
 	if err := newDir(r.dir(s.ID)); err != nil {
 		if errors.Is(err, fs.ErrExist) {
@@ -118,7 +132,7 @@ func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File) (*ins
 		}
 		return nil, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)
 	}
-	st := &start{r: r, s: s, imageFile: img}
+	st := &start{r: r, s: s, madeAs: s.ID, imageFile: img}
 	defer st.close()
 	for _, step := range steps {
 		if err := st.do(ctx, step); err != nil {
@@ -191,23 +205,26 @@ func (st *start) close() {
 }
 
 func (st *start) writeRecord(context.Context) error {
-	st.rec = record{ID: st.s.ID, CgroupParent: st.r.config.CgroupParent, DiskBytes: st.s.Resources.DiskBytes, PidsLimit: st.s.Resources.Pids}
+	st.rec = record{
+		ID: st.s.ID, CgroupParent: st.r.config.CgroupParent, MadeAs: st.madeAs,
+		DiskBytes: st.s.Resources.DiskBytes, PidsLimit: st.s.Resources.Pids,
+	}
 	return writeRecord(st.r.dir(st.s.ID), st.rec)
 }
 
 func (st *start) allocateIDs(context.Context) (err error) {
-	st.base, err = st.r.config.IDs.Allocate(st.s.ID)
+	st.base, err = st.r.config.IDs.Allocate(st.madeAs)
 	return err
 }
 
 func (st *start) makeGroup(context.Context) (err error) {
-	st.group, err = cgroup.New(st.r.config.CgroupParent, st.s.ID, cgroup.Limits{
-		CPUMillis:   st.s.Resources.CPUMillis,
-		MemoryBytes: st.s.Resources.MemoryBytes,
-		Pids:        st.s.Resources.Pids + agentPids,
-		Devices:     devices,
-	})
+	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, groupLimits(st.s.Resources))
 	return err
+}
+
+// groupLimits are what a sandbox's cgroup gets.
+func groupLimits(r spec.Resources) cgroup.Limits {
+	return cgroup.Limits{CPUMillis: r.CPUMillis, MemoryBytes: r.MemoryBytes, Pids: r.Pids + agentPids, Devices: devices}
 }
 
 func (st *start) makeSocket(context.Context) (err error) {
@@ -220,7 +237,7 @@ func (st *start) spawn(context.Context) error {
 	if err != nil {
 		return err
 	}
-	st.agent, err = st.r.spawner.agent(program, spawnRequest{CgroupParent: st.rec.CgroupParent, ID: st.s.ID, Base: st.base})
+	st.agent, err = st.r.spawner.agent(program, spawnRequest{CgroupParent: st.rec.CgroupParent, ID: st.madeAs, Base: st.base})
 	return err
 }
 
@@ -257,7 +274,8 @@ func (st *start) attachLayer(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cannot mount the writable layer: %w", err)
 	}
-	st.r.unmounts.mounted(st.s.ID, filepath.Base(loop.Name()), path)
+	st.loop = filepath.Base(loop.Name())
+	st.r.unmounts.mounted(st.s.ID, st.loop, path)
 	return nil
 }
 

@@ -22,7 +22,7 @@ func TestFakeConformance(t *testing.T) {
 func TestFakeRelease(t *testing.T) {
 	f := NewFake(t, t.TempDir())
 	id := newID()
-	s := spec.Sandbox{ID: id, ImagePath: "/dev/null", Resources: resources}
+	s := spec.Sandbox{ID: id, ImagePath: "/dev/null", Resources: Resources}
 	for range 2 {
 		if _, err := f.Start(t.Context(), s); err != nil {
 			t.Fatal(err)
@@ -47,7 +47,7 @@ func TestFakeRelease(t *testing.T) {
 
 func TestFakeRefuses(t *testing.T) {
 	f := NewFake(t, t.TempDir())
-	s := spec.Sandbox{ID: newID(), ImagePath: "/dev/null", Resources: resources}
+	s := spec.Sandbox{ID: newID(), ImagePath: "/dev/null", Resources: Resources}
 	undecided := s
 	undecided.Resources.Pids = 0
 	if _, err := f.Start(t.Context(), undecided); spec.KindOf(err) != spec.KindInvalid {

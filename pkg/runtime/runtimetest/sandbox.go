@@ -17,8 +17,8 @@ import (
 // containerID is the name of the one container in a sandbox.
 const containerID = "main"
 
-// resources of a test's sandbox: little, so that many fit on a small machine, and a disk that is quickly full.
-var resources = spec.Resources{CPUMillis: 1000, MemoryBytes: 192 << 20, Pids: 64, DiskBytes: 64 << 20}
+// Resources of a test's sandbox: little, so that many fit on a small machine, and a disk that is quickly full.
+var Resources = spec.Resources{CPUMillis: 1000, MemoryBytes: 192 << 20, Pids: 64, DiskBytes: 64 << 20}
 
 // sandbox is one that a scenario started.
 type sandbox struct {
@@ -35,7 +35,7 @@ func newID() string {
 }
 
 func (h *host) spec(id string) spec.Sandbox {
-	return spec.Sandbox{ID: id, ImagePath: h.image, Resources: resources}
+	return spec.Sandbox{ID: id, ImagePath: h.image, Resources: Resources}
 }
 
 // start boots a sandbox with a new id and creates the container in it.

@@ -354,7 +354,7 @@ func usage(h *host) {
 	if err != nil {
 		h.Fatal(err)
 	}
-	r := resources
+	r := Resources
 	if time.Since(u.Time) > scenarioTimeout || u.CPUTime <= 0 || u.MemoryBytes == 0 || u.Pids == 0 {
 		h.Errorf("usage %+v", u)
 	}
