@@ -62,9 +62,11 @@ func TestAgentSurrenders(t *testing.T) {
 	if n := strings.Count(threads, "CapEff:"); n < 3 {
 		t.Fatalf("only %d threads", n)
 	}
-	full := uint64(1)<<len(spec.Capabilities) - 1
-	want := fmt.Sprintf("%016x", full&^(1<<12|1<<19|1<<21))
-	for _, set := range []string{"CapPrm", "CapEff", "CapBnd"} {
+	bounding := (uint64(1)<<len(spec.Capabilities) - 1) &^ (1<<12 | 1<<19 | 1<<21) // no NET_ADMIN, SYS_PTRACE, SYS_ADMIN
+	// Those of the workload, and CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, MKNOD, SETFCAP.
+	permitted := uint64(1<<0 | 1<<1 | 1<<2 | 1<<3 | 1<<4 | 1<<5 | 1<<6 | 1<<7 | 1<<8 | 1<<18 | 1<<27 | 1<<31)
+	for set, mask := range map[string]uint64{"CapPrm": permitted, "CapEff": permitted, "CapBnd": bounding} {
+		want := fmt.Sprintf("%016x", mask)
 		if got, all := strings.Count(threads, set+":\t"+want+"\n"), strings.Count(threads, set+":"); got != all {
 			t.Errorf("%s: %d of %d threads have %s: %s", set, got, all, want, threads)
 		}
@@ -203,5 +205,18 @@ func TestStats(t *testing.T) {
 	claims, err := s.Stats(t.Context())
 	if err != nil || claims.MemoryTotalBytes < 1<<20 || claims.MemoryAvailableBytes < 1<<20 {
 		t.Errorf("%+v %v", claims, err)
+	}
+}
+
+// A profile that the kernel does not have ends the start: nothing runs without what was asked for.
+func TestUnknownAppArmorProfileEndsTheStart(t *testing.T) {
+	s := newSandbox(t)
+	for _, profile := range []string{"no-such-profile", "two words"} {
+		base := *s.base
+		base.Args, base.ApparmorProfile = []string{"true"}, profile
+		_, err := s.Start(t.Context(), theContainer, "under "+profile, &base, false)
+		if err == nil || !strings.Contains(err.Error(), "cannot ask for the AppArmor profile") {
+			t.Errorf("%q: %v", profile, err)
+		}
 	}
 }

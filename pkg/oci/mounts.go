@@ -30,8 +30,8 @@ type systemMount struct {
 // anything of the host's file systems. The agent adds to /dev the six nodes every program relies on (null, zero,
 // full, random, urandom, tty) and the links fd, stdin, stdout, stderr, ptmx.
 var systemMounts = []systemMount{
-	{specs.Mount{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
-		"its own processes, and kernel settings that maskedPaths and readonlyPaths then narrow"},
+	{specs.Mount{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev", "hidepid=invisible", "gid=0"}},
+		"its own processes, and kernel settings that maskedPaths and readonlyPaths then narrow; who is not of root's group sees the processes of no other user, and no PID 1"},
 	{specs.Mount{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "strictatime", "mode=755", "size=65536k"}},
 		"device nodes; a tmpfs, so that the image cannot bring its own"},
 	{specs.Mount{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},

@@ -82,6 +82,8 @@ type Facts struct {
 	AgentTransport string
 	// The host's first of the 65,536 user and group ids that are 0 and up in the sandbox; 0 where it has a kernel of its own.
 	IDBase uint32
+	// The AppArmor profile its processes are to run under, loaded; empty where there is none.
+	AppArmorProfile string
 }
 
 // Prober is a runtime that can say whether it would work on this host, and why. Every runtime of this repository is one;

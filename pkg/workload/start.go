@@ -120,7 +120,7 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	if err != nil {
 		return nil, err
 	}
-	ownIDs(config, inst.Facts())
+	fromFacts(config, inst.Facts())
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	defer func() {
 		if err != nil {
@@ -170,9 +170,10 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	})
 }
 
-// ownIDs puts into config which ids of the host the sandbox has. The runtime has chosen them; agent and workload learn of them
-// anyway, from /proc/self/uid_map.
-func ownIDs(config *specs.Spec, f runtime.Facts) {
+// fromFacts puts into config what only the runtime knows: the AppArmor profile, and which ids of the host the sandbox has.
+// Agent and workload learn of those anyway, from /proc/self/uid_map.
+func fromFacts(config *specs.Spec, f runtime.Facts) {
+	config.Process.ApparmorProfile = f.AppArmorProfile
 	if f.IDBase == 0 {
 		return
 	}

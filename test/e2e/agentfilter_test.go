@@ -29,12 +29,14 @@ func TestAgentIsFiltered(t *testing.T) {
 	})
 }
 
-// narrowest is about what busybox's sh and cat need.
+// narrowest is about what busybox's sh and cat need, and, in the last line, what docs/policy.md says that every profile must allow
+// for a process to come into being.
 const narrowest = `{"defaultAction": "SCMP_ACT_KILL_PROCESS", "syscalls": [{"action": "SCMP_ACT_ALLOW", "names": [
 	"execve", "exit_group", "exit", "arch_prctl", "prctl", "setuid", "setgid", "set_tid_address", "set_robust_list", "rseq", "prlimit64", "readlinkat", "readlink", "getrandom", "brk", "mprotect",
 	"mmap", "munmap", "getpid", "getppid", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "getuid", "geteuid", "getgid", "getegid", "getcwd",
 	"read", "write", "writev", "open", "openat", "close", "fcntl", "ioctl", "fstat", "newfstatat", "stat", "lstat", "poll", "sendfile", "uname",
-	"clone", "fork", "vfork", "wait4", "setpgid", "pipe", "pipe2", "dup2", "getpgrp", "time", "clock_gettime", "clock_nanosleep", "nanosleep", "kill", "pause", "rt_sigsuspend"]}]}`
+	"clone", "fork", "vfork", "wait4", "setpgid", "pipe", "pipe2", "dup2", "getpgrp", "time", "clock_gettime", "clock_nanosleep", "nanosleep", "kill", "pause", "rt_sigsuspend",
+	"futex", "sched_yield", "madvise", "gettid", "tgkill"]}]}`
 
 // The agent works under the narrowest profile: what it does itself is in its own table, and not owed to what a profile happens
 // to allow.

@@ -155,3 +155,82 @@ func TestWhoseKernel(t *testing.T) {
 		t.Errorf("in a VM: %q, want a release and a boot id", inVM.Stdout)
 	}
 }
+
+// Every mount of a sandbox, by what the kernel says of it: none is missing, none is more than it should be, none has a way to
+// or from another namespace.
+func TestMountsInside(t *testing.T) {
+	both(t, func(t *testing.T, w wall) {
+		id := w.Start(t, busybox, "sleep", "600")
+		type mount struct{ options, fstype string }
+		mounts := map[string]mount{}
+		for line := range strings.Lines(w.Exec(id, "cat", "/proc/self/mountinfo").Run().Stdout) {
+			head, tail, found := strings.Cut(strings.TrimSpace(line), " - ")
+			f := strings.Fields(head)
+			if !found || len(f) < 6 {
+				t.Fatalf("cannot read %q", line)
+			}
+			if len(f) > 6 {
+				t.Errorf("not private: %s", line)
+			}
+			mounts[f[4]] = mount{"," + f[5] + ",", strings.Fields(tail)[0]} // a later one lies over an earlier
+		}
+		want := map[string]mount{
+			"/":           {"rw,nodev", "overlay"},
+			"/proc":       {"rw,nosuid,nodev,noexec", "proc"},
+			"/dev":        {"rw,nosuid,nodev,noexec", "tmpfs"},
+			"/dev/pts":    {"rw,nosuid,noexec", "devpts"},
+			"/dev/shm":    {"rw,nosuid,nodev,noexec", "tmpfs"},
+			"/dev/mqueue": {"rw,nosuid,nodev,noexec", "mqueue"},
+			"/sys":        {"ro,nosuid,nodev,noexec", "sysfs"},
+			"/proc/sys":   {"ro", "proc"},
+			"/proc/bus":   {"ro", "proc"},
+		}
+		for at, m := range want {
+			got := mounts[at]
+			for option := range strings.SplitSeq(m.options, ",") {
+				if !strings.Contains(got.options, ","+option+",") {
+					t.Errorf("%s is mounted with %q, without %s", at, got.options, option)
+				}
+			}
+			if got.fstype != m.fstype {
+				t.Errorf("%s is a %q, not a %s", at, got.fstype, m.fstype)
+			}
+		}
+		for at, m := range mounts {
+			_, asked := want[at]
+			node := strings.HasPrefix(at, "/dev/") && strings.Contains(m.options, ",nosuid,") && strings.Contains(m.options, ",noexec,")
+			guarded := (strings.HasPrefix(at, "/proc/") || strings.HasPrefix(at, "/sys/")) && strings.Contains(m.options, ",ro,")
+			if !asked && !node && !guarded {
+				t.Errorf("%s is mounted besides: %+v", at, m)
+			}
+		}
+		w.Exec(id, "sh", "-c", "echo $(ls /dev); echo $(ls -A /dev/shm /dev/mqueue); cd /dev; stat -c %t:%T null zero full random urandom tty").Run().WantOut(t,
+			"fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero\n/dev/mqueue: /dev/shm:\n1:3\n1:5\n1:7\n1:8\n1:9\n5:0\n")
+	})
+}
+
+// Users inside are hidden from one another, and PID 1 from all but root.
+func TestUsersDoNotSeeEachOther(t *testing.T) {
+	both(t, func(t *testing.T, w wall) {
+		id := w.Start(t, busybox, "sleep", "600")
+		const script = "cat /proc/[0-9]*/comm | sort -u | tr '\\n' ' '"
+		if r := w.Exec(id, "sh", "-c", script).Run(); !strings.Contains(r.Stdout, "sandbox-agent") || !strings.Contains(r.Stdout, "sleep") {
+			t.Errorf("root sees %q", r.Stdout)
+		}
+		r := w.Command("exec", "-u", "app", id, "sh", "-c", script).Run()
+		if r.Code != 0 || strings.Contains(r.Stdout, "sandbox-agent") || strings.Contains(r.Stdout, "sleep") || !strings.Contains(r.Stdout, "sh ") {
+			t.Errorf("another user sees %q, exit code %d, %s", r.Stdout, r.Code, r.Stderr)
+		}
+	})
+}
+
+// A working directory outside of the root is refused (CVE-2024-21626): this one is, before it is entered, the agent's own procfs,
+// which has no masks.
+func TestWorkingDirectoryIsInside(t *testing.T) {
+	both(t, func(t *testing.T, w wall) {
+		id := w.Start(t, busybox, "sleep", "600")
+		w.Command("exec", "-w", "/proc/self/cwd", id, "ls").Run().WantError(t, 125, "outside the root")
+		w.Run("-w", "/proc/self/cwd", busybox, "ls").Run().WantError(t, 125, "outside the root")
+		w.Command("exec", "-w", "/proc/self/root/tmp", id, "pwd").Run().WantOut(t, "/tmp\n")
+	})
+}

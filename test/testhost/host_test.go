@@ -20,7 +20,8 @@ const environment = "SANDBOXD_TEST_ACCEL=kvm SANDBOXD_TEST_PROGRAMS=/data/bin"
 // TestHost boots the host once, for boots are what takes long, and shows there what the machine at hand can't.
 func TestHost(t *testing.T) {
 	files := map[string]string{
-		"busybox.tar": filepath.Join(repository(t), ".cache/images/busybox.tar"),
+		"busybox.tar":      filepath.Join(repository(t), ".cache/images/busybox.tar"),
+		"apparmor.profile": filepath.Join(repository(t), "pkg/runtime/container/apparmor.profile"),
 	}
 	for _, pkg := range []string{
 		"./cmd/sandboxd", "./cmd/sandboxctl", "./cmd/sandbox-agent", "./cmd/sandbox-vsock",
@@ -133,7 +134,43 @@ func testDaemon(t *testing.T, h *Host) {
 	if fields := strings.Fields(got); len(fields) < 2 || fields[0] != "container" || fields[1] != "vm" {
 		t.Errorf("after the daemon's death: %q", got)
 	}
+	testAppArmor(t, h, ctl)
 	if out, _ := h.Run(t, commandPatience, "cat /proc/[0-9]*/comm 2>/dev/null | grep -xE 'qemu-system-x86|sandbox-agent|sandbox-vsock'"); out != "" {
 		t.Errorf("left running:\n%s", out)
+	}
+}
+
+// testAppArmor looks from inside at the profile of containers, under the daemon that runs, and then takes it away.
+func testAppArmor(t *testing.T, h *Host, ctl string) {
+	// What its capability and the system call filter would let it do, as happens once the profile is gone.
+	got := h.Must(t, testsPatience, ctl+`
+		sandboxctl run -d --name confined --isolation container --cap-add SYS_ADMIN busybox sh -c '
+			cat /proc/self/attr/apparmor/current
+			mount -t tmpfs none /tmp
+			kill -0 1
+			until [ -e /go ]; do sleep 0.1; done
+			mount -t tmpfs none /tmp && echo mounted' >/dev/null
+		sandboxctl exec confined cat /proc/self/attr/apparmor/current
+		sandboxctl inspect --oci confined | grep apparmorProfile
+		until [[ $(sandboxctl logs confined 2>&1 | grep -c denied) = 2 ]]; do sleep 0.1; done
+		sandboxctl logs confined 2>&1
+		apparmor_parser --remove --skip-cache --quiet /data/apparmor.profile
+		# A profile that is gone ends a start, and does not weaken it.
+		sandboxctl run --rm --isolation container busybox sh -c 'echo un"confined"' 2>&1 || true
+		touch /root/go
+		sandboxctl cp /root/go confined:/go
+		sandboxctl wait confined
+		sandboxctl logs confined
+		sandboxctl rm confined >/dev/null`)
+	for _, want := range []string{
+		"sandboxd-container (enforce)\n", `"apparmorProfile": "sandboxd-container"`, "Permission denied", "cannot ask for the AppArmor profile", "mounted\n",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
+	before, _, _ := strings.Cut(got, "cannot ask for")
+	if strings.Contains(got, "unconfined") || strings.Contains(before, "mounted") || strings.Count(before, "(enforce)") != 2 {
+		t.Errorf("under the profile:\n%s", got)
 	}
 }

@@ -17,6 +17,7 @@ PACKAGES=(
 	erofs-utils     # fsck.erofs in tests
 	e2fsprogs       # mkfs.ext4 for writable layers
 	iproute2        # ip, in tests of networks
+	apparmor        # apparmor_parser, which loads the containers' profile
 	busybox-static  # the small test image
 )
 # Units that only cost the boot time.
@@ -26,6 +27,7 @@ MASKED=(
 	systemd-timesyncd.service systemd-tmpfiles-clean.timer
 	modprobe@.service # of configfs, drm, efi_pstore, fuse: nobody asks for them, and loop comes when it is opened
 	dev-hugepages.mount sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount
+	apparmor.service # loads the distribution's profiles, which nothing here has
 	systemd-pstore.service systemd-update-utmp.service systemd-random-seed.service systemd-journal-flush.service
 	systemd-logind.service systemd-user-sessions.service
 )

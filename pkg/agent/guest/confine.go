@@ -26,6 +26,8 @@ type confined struct {
 	NoNewPrivileges bool     `json:"noNewPrivileges,omitempty"`
 	// struct sock_filter[]; empty for none.
 	Seccomp []byte `json:"seccomp,omitempty"`
+	// The name of a profile that the host's kernel has loaded; empty for none.
+	AppArmor string `json:"appArmor,omitempty"`
 
 	who    identity // set by the step that resolves the user
 	status int      // the pipe to the agent
@@ -42,6 +44,8 @@ var confinement = []struct {
 }{
 	{"start a session", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).session,
 		"signals of a terminal reach this process's descendants only"},
+	{"ask for the AppArmor profile", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).appArmor,
+		"taken on at execve; before the working directory is left, from where the agent's own proc is reached"},
 	{"find the user", agentv1.ExecFailure_REASON_BAD_USER, (*confined).resolve,
 		"while files that only root may read can be read"},
 	{"take the terminal", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).standardStreams,

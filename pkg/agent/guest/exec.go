@@ -72,8 +72,8 @@ func newConfined(p *specs.Process, filter []byte) (*confined, error) {
 		return nil, invalid("working directory %q is not absolute", p.Cwd)
 	}
 	// Refused rather than ignored: what was asked for and is not done would be a protection or a promise missing.
-	if p.ApparmorProfile != "" || p.SelinuxLabel != "" || p.OOMScoreAdj != nil || p.Scheduler != nil || p.IOPriority != nil || p.ExecCPUAffinity != nil {
-		return nil, invalid("the agent knows no AppArmor, SELinux, OOM score, scheduler, I/O priority or CPU affinity of a process")
+	if p.SelinuxLabel != "" || p.OOMScoreAdj != nil || p.Scheduler != nil || p.IOPriority != nil || p.ExecCPUAffinity != nil {
+		return nil, invalid("the agent knows no SELinux label, OOM score, scheduler, I/O priority or CPU affinity of a process")
 	}
 	caps, err := newCapSets(p.Capabilities)
 	if err != nil {
@@ -86,6 +86,7 @@ func newConfined(p *specs.Process, filter []byte) (*confined, error) {
 	c := &confined{
 		Args: p.Args, Env: p.Env, Cwd: p.Cwd, User: newUserSpec(p.User), Terminal: p.Terminal, Umask: defaultUmask,
 		Rlimits: limits, Caps: caps, NoNewPrivileges: p.NoNewPrivileges, Seccomp: filter,
+		AppArmor: p.ApparmorProfile,
 	}
 	if p.User.Umask != nil {
 		c.Umask = *p.User.Umask & 0o777

@@ -10,10 +10,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// surrendered are the capabilities that a container's agent gives up once the container stands, for good and for its
-// stages too, unless the workload has them. They are those that open most of the host's kernel to whoever takes the agent
-// over; giving up each costs a stop of all of the agent's threads, so the harmless rest stays.
-var surrendered = []struct {
+// needed are the capabilities that a container's agent keeps once the container stands, beside the workload's own. Each is what
+// it, or a stage, does for the workload; all others it gives up on every thread, and under no_new_privs (filterSelf) no stage
+// has them again.
+var needed = []struct {
+	number uintptr
+	reason string
+}{
+	{unix.CAP_SETUID, "a stage becomes the user"},
+	{unix.CAP_SETGID, "a stage becomes the user"},
+	{unix.CAP_SETPCAP, "a stage limits the bounding set"},
+	{unix.CAP_KILL, "signals reach every user's processes"},
+	{unix.CAP_CHOWN, "streams are given to the user; copies keep owners"},
+	{unix.CAP_FOWNER, "copies keep modes and times"},
+	{unix.CAP_FSETID, "copies keep set-id bits"},
+	{unix.CAP_DAC_OVERRIDE, "copies reach every file"},
+	{unix.CAP_DAC_READ_SEARCH, "copies reach every file"},
+	{unix.CAP_MKNOD, "copies make fifos"},
+	{unix.CAP_SETFCAP, "copies keep file capabilities"},
+}
+
+// unbounded are given up in the bounding set too, unless the workload has them: those that open most of the host's kernel to
+// whoever takes the agent over, so that no program executed as root has them again, where there is no no_new_privs either. Each
+// costs a stop of all of the agent's threads, so the rest stays there.
+var unbounded = []struct {
 	number uintptr
 	reason string
 }{
@@ -42,12 +62,14 @@ func surrender(config *specs.Spec) error {
 			return err
 		}
 	}
-	var gone uint64
-	for _, c := range surrendered {
+	keep := kept.Bounding
+	for _, c := range needed {
+		keep |= 1 << c.number
+	}
+	for _, c := range unbounded {
 		if kept.Bounding&(1<<c.number) != 0 {
 			continue
 		}
-		gone |= 1 << c.number
 		if _, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, c.number, 0, 0, 0, 0); errno != 0 {
 			return fmt.Errorf("cannot drop capability %d: %w", c.number, errno)
 		}
@@ -58,7 +80,7 @@ func surrender(config *specs.Spec) error {
 		return fmt.Errorf("cannot read capabilities: %w", err)
 	}
 	for i := range data {
-		mask := ^uint32(gone >> (32 * i))
+		mask := uint32(keep >> (32 * i))
 		data[i].Permitted &= mask
 		data[i].Effective &= mask
 		data[i].Inheritable &= mask

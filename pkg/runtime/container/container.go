@@ -62,6 +62,8 @@ type Runtime struct {
 	log    *zap.Logger
 	mounts *mounter
 	agent  *agentBinary
+	// What it has loaded.
+	appArmor *appArmor
 	// Forks the agents.
 	spawner *spawner
 	// The layers of sandboxes that have ended.
@@ -103,7 +105,7 @@ func New(c Config) (*Runtime, error) {
 	}
 	r := &Runtime{
 		config: c, log: c.Logger.Named(name),
-		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{}, unmounts: newUnmounts(),
+		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{}, appArmor: &appArmor{}, unmounts: newUnmounts(),
 		instances: map[string]*instance{}, hidden: map[string]bool{},
 	}
 	// What this process was started with (a shell's or systemd's descriptors) is not for sandboxes; all that Go opens is

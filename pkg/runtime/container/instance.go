@@ -175,5 +175,5 @@ func (i *instance) Usage() (spec.Usage, error) {
 }
 
 func (i *instance) Facts() runtime.Facts {
-	return runtime.Facts{HostPID: i.rec.PID, AgentTransport: "unix", IDBase: i.rec.IDBase}
+	return runtime.Facts{HostPID: i.rec.PID, AgentTransport: "unix", IDBase: i.rec.IDBase, AppArmorProfile: i.rec.AppArmor}
 }

@@ -58,12 +58,18 @@ func (r *Runtime) Probe(ctx context.Context) runtime.Availability {
 
 // findings say what a step that worked shows of the host.
 var findings = map[string]func() string{
-	"record":           func() string { return "run directory is writable" },
-	"ids":              func() string { return "a range of host ids is free" },
-	"cgroup":           func() string { return "cgroup " + cgroup.Mode() + " limits processor time, memory and processes" },
-	"socket":           func() string { return "agent's socket can be bound" },
-	"namespaces":       func() string { return "agent starts in new user, pid, mount, net, ipc, uts and cgroup namespaces" },
-	"writable layer":   func() string { return "ext4 on a loop device" },
+	"record":         func() string { return "run directory is writable" },
+	"ids":            func() string { return "a range of host ids is free" },
+	"cgroup":         func() string { return "cgroup " + cgroup.Mode() + " limits processor time, memory and processes" },
+	"socket":         func() string { return "agent's socket can be bound" },
+	"namespaces":     func() string { return "agent starts in new user, pid, mount, net, ipc, uts and cgroup namespaces" },
+	"writable layer": func() string { return "ext4 on a loop device" },
+	"apparmor": func() string {
+		if why := (*appArmor)(nil).missing(); why != "" {
+			return "no AppArmor profile: " + why
+		}
+		return "AppArmor profile " + appArmorProfile + " is loaded"
+	},
 	"root file system": func() string { return "writable overlay over an EROFS image, both with shifted ids" },
 	"agent":            func() string { return "agent attaches its root and serves" },
 }

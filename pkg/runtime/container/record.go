@@ -32,6 +32,8 @@ type record struct {
 	MadeAs    string `json:"madeAs"`
 	DiskBytes uint64 `json:"diskBytes"`
 	PidsLimit uint32 `json:"pidsLimit"`
+	// Empty where the host has no AppArmor.
+	AppArmor string `json:"appArmor,omitempty"`
 	// The agent's answer was seen. Below it: the agent's process, as /proc identifies it.
 	Ready     bool   `json:"ready,omitempty"`
 	PID       int    `json:"pid,omitempty"`

@@ -84,6 +84,8 @@ var steps = []step{
 		advice: "check that the run directory is on a file system that has sockets"},
 	{name: "namespaces", run: (*start).spawn, ahead: true,
 		advice: "allow user namespaces: sysctl user.max_user_namespaces must be above 0; run sandboxd as root"},
+	{name: "apparmor", run: (*start).loadAppArmor,
+		advice: "see what apparmor_parser says; install the package apparmor anew, or boot with apparmor=0 to do without"},
 	{name: "root file system", run: (*start).buildRoot, awaits: true,
 		advice: "use kernel 6.1 or newer with the modules erofs and overlay"},
 	{name: "agent", run: (*start).introduce,
@@ -229,6 +231,11 @@ func groupLimits(r spec.Resources) cgroup.Limits {
 
 func (st *start) makeSocket(context.Context) (err error) {
 	st.listener, err = listen(st.r.dir(st.s.ID))
+	return err
+}
+
+func (st *start) loadAppArmor(ctx context.Context) (err error) {
+	st.rec.AppArmor, err = st.r.appArmor.profile(ctx)
 	return err
 }
 
