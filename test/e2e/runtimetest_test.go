@@ -56,7 +56,11 @@ func TestRuntimetestPasses(t *testing.T) {
 			id := w.Create(t, append(flags, "runtimetest", "/runtimetest", "--path", "/conf", "--compliance-level", "should")...)
 			d.Call(t, "start", id)
 			config := shown(t, d.Call(t, "inspect", "--oci", id).Stdout, iso)
-			w.Command("exec", "-i", id, "/bin/sh", "-c", "cat >/conf/config.json").WithStdin(strings.NewReader(config)).Run().Want(t, 0)
+			// The writer may not live to see its own end: the workload's process, once it has read, may be faster, and takes it along.
+			r := w.Command("exec", "-i", id, "/bin/sh", "-c", "cat >/conf/config.json").WithStdin(strings.NewReader(config)).Run()
+			if r.Code != 0 && r.Code != 137 {
+				t.Errorf("%s: cannot hand over the configuration: exit code %d, %s", what, r.Code, r.Stderr)
+			}
 			code := d.Call(t, "wait", id).Stdout
 			logs := d.Call(t, "logs", id)
 			// What it finds is in its report; its exit code says whether it came to the end.
