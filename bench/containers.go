@@ -164,6 +164,18 @@ func benchContainers(ctx context.Context, b *bench) ([]row, error) {
 		name: "sandboxd container", includes: "gRPC create, start, wait, delete; cgroup, namespaces, size-limited layer, seccomp, durable record",
 		do: func(ctx context.Context, c string) (int, error) { return d.run(ctx, container, c) },
 	}}
+	const pool = 8
+	o := b.options
+	o.pool = pool
+	pooled, err := startDaemon(ctx, o, b.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer pooled.stop()
+	subjects = append(subjects, subject{
+		name: pooledName, includes: fmt.Sprintf("a second sandboxd with --agent-pool %d, which fills it between the runs", pool),
+		do: func(ctx context.Context, c string) (int, error) { return pooled.run(ctx, container, c) },
+	})
 	if err := hideUnifiedCgroup(); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,13 @@ const (
 )
 
 func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
+	ids := filepath.Join(dir, "ids") // all daemons of a host share them
+	if o.pool > 0 {
+		dir = filepath.Join(dir, "pool")
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return nil, err
+		}
+	}
 	socket := filepath.Join(dir, "sandboxd.sock")
 	d := &daemon{stateDir: filepath.Join(dir, "state")}
 	var err error
@@ -49,7 +56,7 @@ func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 	}
 	d.cmd = exec.Command(filepath.Join(o.bin, "sandboxd"),
 		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(dir, "run"),
-		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d", os.Getpid()), "--id-dir", filepath.Join(dir, "ids"),
+		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d-%d", os.Getpid(), o.pool), "--id-dir", ids,
 		"--vm-accel", "auto", "--vm-kernel", kernels[len(kernels)-1])
 	if o.pool > 0 {
 		d.cmd.Args = append(d.cmd.Args, "--agent-pool", strconv.Itoa(o.pool))

@@ -141,6 +141,8 @@ type row struct {
 	Runs   int     `json:"runs"`
 	// Ours divided by this, medians; 0 where it means nothing.
 	Ratio float64 `json:"ratio,omitempty"`
+	// The same for ours from a pool.
+	PoolRatio float64 `json:"poolRatio,omitempty"`
 	// What the number includes.
 	Includes string `json:"includes"`
 }
@@ -156,6 +158,9 @@ func printRows(rows []row) {
 		ratio := ""
 		if r.Ratio != 0 {
 			ratio = fmt.Sprintf("%.2f", r.Ratio)
+		}
+		if r.PoolRatio != 0 {
+			ratio += fmt.Sprintf("|%.2f", r.PoolRatio)
 		}
 		fmt.Printf("%-22s %7.1f %-3s %9.1f … %-9.1f %5d %9s  %s\n", r.Name, r.Median, r.Unit, r.Min, r.Max, r.Runs, ratio, r.Includes)
 	}

@@ -15,6 +15,9 @@ type subject struct {
 	do func(ctx context.Context, command string) (int, error)
 }
 
+// pooledName is the subject that is ours, too, from a pool.
+const pooledName = "the same from a pool"
+
 // onceLimit bounds one measured run.
 const onceLimit = 2 * time.Minute
 
@@ -43,8 +46,13 @@ func measure(ctx context.Context, group string, runs int, subjects []subject) ([
 	rows := make([]row, len(subjects))
 	for i, s := range subjects {
 		rows[i] = newRow(group, s.name, "ms", s.includes, times[i])
-		if i > 0 {
-			rows[i].Ratio = rows[0].Median / rows[i].Median
+	}
+	pool := slices.IndexFunc(subjects, func(s subject) bool { return s.name == pooledName })
+	for i := range rows[1:] {
+		r := &rows[1+i]
+		r.Ratio = rows[0].Median / r.Median
+		if pool > 0 && 1+i != pool {
+			r.PoolRatio = rows[pool].Median / r.Median
 		}
 	}
 	return rows, nil
