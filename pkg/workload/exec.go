@@ -61,24 +61,56 @@ type execSession struct {
 func (s *execSession) PID() int { return s.proc.PID }
 
 func (s *execSession) Output(ctx context.Context, fn func(Stream, []byte) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	// One piece ahead of fn: the agent reads from the process, and sends, while the caller is sent what came before. That
+	// acknowledges what fn has not had yet, but nobody asks for it again: a session does not outlive its caller.
+	next := s.readAhead(ctx, 0)
+	defer func() {
+		cancel()
+		<-next // closed, or about to be
+	}()
 	for offset := uint64(0); ; {
-		chunks, eof, err := s.read(ctx, offset)
-		if err != nil {
-			if _, gone := s.ended(ctx, err); gone {
+		got := <-next
+		if got.err != nil {
+			if _, gone := s.ended(ctx, got.err); gone {
 				return nil
 			}
-			return err
+			return got.err
 		}
-		for _, c := range chunks {
+		for _, c := range got.chunks {
+			offset += uint64(len(c.Data))
+		}
+		if !got.eof {
+			next = s.readAhead(ctx, offset)
+		}
+		for _, c := range got.chunks {
 			if err := fn(Stream(c.Stream), c.Data); err != nil {
 				return err
 			}
-			offset += uint64(len(c.Data))
 		}
-		if eof {
+		if got.eof {
 			return nil
 		}
 	}
+}
+
+// piece is what one read of output answered with.
+type piece struct {
+	chunks []agent.Chunk
+	eof    bool
+	err    error
+}
+
+// readAhead reads in the background; the result comes once, and then the channel is closed.
+func (s *execSession) readAhead(ctx context.Context, offset uint64) <-chan piece {
+	next := make(chan piece, 1)
+	go func() { // Output waits for it
+		defer close(next)
+		var p piece
+		p.chunks, p.eof, p.err = s.read(ctx, offset)
+		next <- p
+	}()
+	return next
 }
 
 func (s *execSession) Write(ctx context.Context, p []byte) error {

@@ -148,7 +148,7 @@ func (st *streams) pipes(p *process, stdin bool) error {
 		p.input = &input{file: ours}
 	}
 	for i, stream := range []agentv1.Stream{agentv1.Stream_STREAM_STDOUT, agentv1.Stream_STREAM_STDERR} {
-		ours, theirs, err := newPipe()
+		ours, theirs, err := newOutputPipe()
 		if err != nil {
 			return err
 		}

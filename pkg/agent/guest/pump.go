@@ -10,8 +10,9 @@ import (
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 )
 
-// readSize is a pipe's own capacity: one read empties it.
-const readSize = 64 << 10
+// readSize is the capacity that an output pipe is given: one read empties it, and a process that writes much is not woken for
+// each 64 KiB, the kernel's default.
+const readSize = 256 << 10
 
 // readBuffers are held only while a read is going on, so that idle processes cost none.
 var readBuffers = sync.Pool{New: func() any { b := make([]byte, readSize); return &b }}

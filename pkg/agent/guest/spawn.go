@@ -148,6 +148,16 @@ func newPipe() (ours, theirs *os.File, err error) {
 	return ours, os.NewFile(uintptr(fds[1]), "pipe"), nil
 }
 
+// newOutputPipe is newPipe with room for much output. What one user may have of that is limited; then the kernel's default
+// has to do.
+func newOutputPipe() (ours, theirs *os.File, err error) {
+	ours, theirs, err = newPipe()
+	if err == nil {
+		_, _ = unix.FcntlInt(theirs.Fd(), unix.F_SETPIPE_SZ, readSize)
+	}
+	return ours, theirs, err
+}
+
 // newInputPipe is newPipe the other way round.
 func newInputPipe() (theirs, ours *os.File, err error) {
 	var fds [2]int
