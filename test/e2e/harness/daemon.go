@@ -89,7 +89,7 @@ func (d *Daemon) Start() error {
 		"--listen", d.Address, "--state-dir", d.StateDir, "--run-dir", d.RunDir,
 		"--vm-accel", "auto", "--vm-kernel", guestKernel, "--cgroup-parent", d.CgroupParent(), "--id-dir", idDir,
 	}, d.Args...)
-	d.Cmd = d.within(append([]string{sandboxd}, args...)...)
+	d.Cmd = d.Within(append([]string{sandboxd}, args...)...)
 	d.Cmd.Stdout, d.Cmd.Stderr = log, log
 	if err := StartChild(d.Cmd); err != nil {
 		return fmt.Errorf("cannot start sandboxd: %w", err)

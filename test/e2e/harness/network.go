@@ -92,8 +92,8 @@ func (d *Daemon) enter(fn func() error) error {
 	})
 }
 
-// within makes command run in the daemon's network namespace.
-func (d *Daemon) within(command ...string) *exec.Cmd {
+// Within makes command run in the daemon's network namespace.
+func (d *Daemon) Within(command ...string) *exec.Cmd {
 	if d.network != nil {
 		command = append([]string{"nsenter", fmt.Sprintf("--net=/proc/%d/fd/%d", os.Getpid(), d.network.file.Fd()), "--"}, command...)
 	}
@@ -139,6 +139,11 @@ func Leases(d *Daemon) ([]string, error) {
 	return found, err
 }
 
+// LeaseFile is where an address of the network lan is given out.
+func (d *Daemon) LeaseFile(address string) string {
+	return filepath.Join(d.network.leases, "lan", address)
+}
+
 // listNATRules finds what masquerades a sandbox's address.
 func listNATRules(d *Daemon) ([]string, error) {
 	if d == nil || d.network == nil {
@@ -147,7 +152,7 @@ func listNATRules(d *Daemon) ([]string, error) {
 	var found []string
 	for _, program := range []string{"iptables", "ip6tables"} {
 		var complaint bytes.Buffer
-		cmd := d.within(program, "-w", "10", "-t", "nat", "-S")
+		cmd := d.Within(program, "-w", "10", "-t", "nat", "-S")
 		cmd.Stderr = &complaint
 		if err := startOutput(cmd, func(line string) {
 			if strings.Contains(line, "CNI") {
