@@ -25,7 +25,7 @@ func TestHost(t *testing.T) {
 	}
 	for _, pkg := range []string{
 		"./cmd/sandboxd", "./cmd/sandboxctl", "./cmd/sandbox-agent", "./cmd/sandbox-vsock",
-		"./pkg/runtime/microvm/testdata/rogue", "./pkg/runtime/microvm/testdata/vsockguest",
+		"./pkg/runtime/microvm/testdata/rogue", "./pkg/runtime/microvm/testdata/jailbreak", "./pkg/runtime/microvm/testdata/vsockguest",
 	} {
 		files["bin/"+filepath.Base(pkg)] = Build(t, pkg)
 	}
@@ -47,7 +47,7 @@ func TestHost(t *testing.T) {
 		}
 	})
 	t.Run("microVMs under KVM with the kernel's vsock", func(t *testing.T) {
-		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM")
+		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM", "TestJail")
 	})
 	t.Run("cgroups of version 2", func(t *testing.T) {
 		h.tests(t, "./pkg/cgroup", "TestProcessIsInEveryHierarchyFromItsFirstInstruction", "TestMemoryLimitBites",

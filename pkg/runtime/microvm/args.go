@@ -27,8 +27,8 @@ type vmArgs struct {
 	TSCKHz uint64
 	// Path of the firmware; empty for QEMU's own choice.
 	Firmware string
-	Kernel   int
-	Initrd   int
+	// Paths, where QEMU sees them.
+	Kernel, Initrd string
 	// The listening Unix socket for QMP.
 	QMP   int
 	Vsock int
@@ -64,8 +64,8 @@ func (a vmArgs) table() []arg {
 		{"-m", fmt.Sprintf("%dB", a.MemoryBytes), ""},
 		{"-object", fmt.Sprintf("memory-backend-memfd,id=memory,size=%dB,share=on", a.MemoryBytes), "vhost-user reads and writes the guest's memory"},
 		{"-global", "virtio-mmio.force-legacy=false", "vhost-user-vsock is a modern device"},
-		{"-kernel", fdPath(a.Kernel), "an ELF file, entered by PVH"},
-		{"-initrd", fdPath(a.Initrd), ""},
+		{"-kernel", a.Kernel, "an ELF file, entered by PVH"},
+		{"-initrd", a.Initrd, ""},
 		{"-append", a.kernelCommandLine(), ""},
 		{"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", a.QMP), "listening, so that a restarted daemon can connect"},
 		{"-mon", "chardev=qmp,mode=control", ""},

@@ -14,22 +14,22 @@ var update = flag.Bool("update", false, "write the golden files anew")
 var argsCases = map[string]vmArgs{
 	"tcg-vhost-user": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelTCG, CPUs: 1, MemoryBytes: 256 << 20, TSCKHz: 2596100,
-		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Image: 7, Disk: 8,
+		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Image: 5, Disk: 6,
 		Transport: transportVhostUser, CID: 3,
 	},
 	"kvm-kernel-vsock": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelKVM, CPUs: 4, MemoryBytes: 1 << 30,
-		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Image: 7, Disk: 8,
+		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Image: 5, Disk: 6,
 		Transport: transportKernel, CID: 4711,
 	},
 	"network": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelTCG, CPUs: 1, MemoryBytes: 256 << 20, TSCKHz: 2596100,
-		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Image: 7, Disk: 8, Tap: 9,
+		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Image: 7, Disk: 8, Tap: 9,
 		Transport: transportVhostUser, CID: 3,
 	},
 	"kvm-trial": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelKVM, CPUs: 1, MemoryBytes: 128 << 20,
-		Vsock: 3, QMP: 4, Kernel: 5, Initrd: 6, Transport: transportVhostUser, CID: 3, Verbose: true,
+		Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Transport: transportVhostUser, CID: 3, Verbose: true,
 	},
 }
 

@@ -69,7 +69,7 @@ var programs = sync.OnceValues(func() (string, error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return dir, err
 	}
-	for _, pkg := range []string{"../../../cmd/sandbox-agent", "../../../cmd/sandbox-vsock", "./testdata/rogue"} {
+	for _, pkg := range []string{"../../../cmd/sandbox-agent", "../../../cmd/sandbox-vsock", "./testdata/rogue", "./testdata/jailbreak"} {
 		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", dir+"/", pkg)
 		if built := os.Getenv(programsVariable); built != "" {
 			cmd = exec.Command("cp", filepath.Join(built, filepath.Base(pkg)), dir+"/")

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 	"syscall"
 	"unsafe"
@@ -21,16 +20,14 @@ const lastCapability = 63
 
 // command is a process of a VM: QEMU or the vsock helper.
 type command struct {
+	// Where it lies in its jail, as what it is called.
 	path string
-	// Directory of path, opened, for a program that lies where only the daemon may pass; nil otherwise.
-	programs *os.File
-	args     []string
+	args []string
 	// Its descriptors from 3 on.
 	files []*os.File
 	// Standard output and error.
 	out, err *os.File
-	// Working directory: empty, its own, where a core file or a stray relative path would go.
-	dir *os.File
+	jail     *jail
 	// User and group it runs as, and the group that may open /dev/kvm, if it needs that.
 	uid    uint32
 	groups []uint32
@@ -45,12 +42,13 @@ type process struct {
 
 // start runs c in the cgroup, confined. The order of the confinement, every step fatal:
 //
-//	this thread, before the clone         cgroup; no_new_privs; empty capability bounding set
+//	this thread, before the clone         cgroup; no_new_privs; mount namespace and root: see jail; empty capability
+//	                                      bounding set
 //	the child, by the kernel at clone     namespaces: pid, net, ipc, uts
-//	the child, before exec                session; groups, gid, uid (its capabilities end here); working directory;
-//	                                      no descriptor but those listed
+//	the child, before exec                session; groups, gid, uid (its capabilities end here); no descriptor but those
+//	                                      listed
 //
-// What QEMU adds itself: seccomp (-sandbox). It sees the host's mounts: an empty root needs a copy of QEMU in it.
+// What QEMU and the helper add themselves: seccomp.
 func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
 	if err != nil {
@@ -61,12 +59,11 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 	for _, f := range c.files {
 		files = append(files, f.Fd())
 	}
-	path := c.path
-	if c.programs != nil {
-		path = filepath.Join(fdPath(int(c.programs.Fd())), filepath.Base(c.path))
-	}
 	fd := -1
 	err = group.Start(func(attr *syscall.SysProcAttr) error {
+		if err := c.jail.build(); err != nil {
+			return fmt.Errorf("cannot build its jail: %w", err)
+		}
 		if err := confineThread(); err != nil {
 			return err
 		}
@@ -74,9 +71,8 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 		attr.Setsid = true
 		attr.Credential = &syscall.Credential{Uid: c.uid, Gid: c.uid, Groups: c.groups}
 		attr.PidFD = &fd
-		pid, err := syscall.ForkExec(path, append([]string{c.path}, c.args...), &syscall.ProcAttr{
-			// By descriptor: the new user may not pass the directories above. Still open there, as exec has not happened.
-			Dir:   fdPath(int(c.dir.Fd())),
+		pid, err := syscall.ForkExec(c.path, append([]string{c.path}, c.args...), &syscall.ProcAttr{
+			Dir:   "/",
 			Env:   []string{},
 			Files: files,
 			Sys:   attr,

@@ -51,7 +51,7 @@ func (b *boot) fsck(ctx context.Context, layer *os.File) (err error) {
 		return err
 	}
 	defer fsck.end()
-	// It opens the file anew, by the descriptor's path, as its own user.
+	// It opens the file as its own user.
 	if err := layer.Chown(int(b.uid), int(b.uid)); err != nil {
 		return fmt.Errorf("cannot hand over the writable layer: %w", err)
 	}
@@ -60,7 +60,10 @@ func (b *boot) fsck(ctx context.Context, layer *os.File) (err error) {
 			err = errors.Join(err, fmt.Errorf("cannot take back the writable layer: %w", cerr))
 		}
 	}()
-	c := command{path: path, args: []string{"-p", "-f", fdPath(3)}, files: []*os.File{layer}, out: fsck.child, err: fsck.child, dir: b.work, uid: b.uid}
+	c := command{path: path, args: []string{"-p", "-f", layerPath}, out: fsck.child, err: fsck.child, uid: b.uid}
+	if c.jail, err = b.jail(path, jailed{from: b.layer, at: layerPath, writable: true, reason: "what it checks"}); err != nil {
+		return err
+	}
 	_, pidfd, err := c.start(b.group)
 	if err != nil {
 		return err

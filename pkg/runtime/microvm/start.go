@@ -70,7 +70,6 @@ type boot struct {
 	layer     string
 	// Whether this start made the layer.
 	newLayer bool
-	work     *os.File
 	voices   *voices
 	initrd   *os.File
 	// Nothing without a network.
@@ -208,20 +207,23 @@ func (b *boot) makeTransport(token bootToken) (ends transportFiles, err error) {
 	return ends, err
 }
 
-// makeWorkDir makes the processes' working directory, empty and theirs.
+// makeWorkDir makes the directory on which jails are built.
 func (b *boot) makeWorkDir() error {
-	path := filepath.Join(b.dir, "work")
-	err := os.Mkdir(path, 0o500)
-	if err == nil {
-		b.work, err = b.keep(os.OpenFile(path, unix.O_RDONLY|unix.O_DIRECTORY, 0))
-	}
-	if err == nil {
-		err = b.work.Chown(int(b.uid), int(b.uid))
-	}
-	if err != nil {
-		return fmt.Errorf("cannot make a working directory: %w", err)
+	if err := os.Mkdir(b.workDir(), 0o500); err != nil {
+		return fmt.Errorf("cannot make a directory for jails: %w", err)
 	}
 	return nil
+}
+
+func (b *boot) workDir() string { return filepath.Join(b.dir, "work") }
+
+// jail is the jail of a program that is linked against the host's libraries, and of more.
+func (b *boot) jail(program string, more ...jailed) (*jail, error) {
+	rows, err := programRows(program)
+	if err != nil {
+		return nil, fmt.Errorf("cannot find %s: %w", program, err)
+	}
+	return &jail{rows: append(rows, more...), base: b.workDir(), owner: b.uid}, nil
 }
 
 func (b *boot) makeLayer(ctx context.Context) (err error) {
@@ -259,7 +261,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 		}
 	}()
 	run := func(name string, c command, out, errors *voice) (process, error) {
-		c.out, c.err, c.dir, c.uid = out.child, errors.child, b.work, b.uid
+		c.out, c.err, c.uid = out.child, errors.child, b.uid
 		p, pidfd, err := c.start(b.group)
 		if err == nil {
 			i.processes = append(i.processes, member{name, pidfd})
@@ -291,6 +293,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 	if i.rec.QEMU, err = run(memberQEMU, qemu, b.voices.guest, b.voices.qemu); err != nil {
 		return nil, err
 	}
+	b.initrd, _ = b.keep(qemu.jail.initrd, nil)
 	b.voices.all((*voice).started)
 	if err := i.rec.save(b.dir); err != nil {
 		return nil, err
@@ -315,15 +318,19 @@ func (b *boot) killStarted(i *instance) error {
 // helper is the vsock helper's command.
 func (b *boot) helper(files []*os.File) (command, error) {
 	path, err := exec.LookPath(b.r.cfg.VsockHelper)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
 	if err != nil {
 		return command{}, fmt.Errorf("cannot find the vsock helper: %w; install sandbox-vsock beside sandboxd", err)
 	}
-	dir, err := b.keep(os.OpenFile(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0))
-	if err != nil {
-		return command{}, fmt.Errorf("cannot find the vsock helper: %w", err)
-	}
+	// It is static: it needs nothing but itself.
+	rows := []jailed{{from: path, at: helperPath, reason: "the program"}}
 	t := b.rec.Transport
-	return command{path: path, programs: dir, files: files, args: []string{"--cid", fmt.Sprint(t.CID), "--port", fmt.Sprint(t.Port)}}, nil
+	return command{
+		path: helperPath, files: files, args: []string{"--cid", fmt.Sprint(t.CID), "--port", fmt.Sprint(t.Port)},
+		jail: &jail{rows: rows, base: b.workDir(), owner: b.uid},
+	}, nil
 }
 
 // qemu is QEMU's command: its files and, from their numbers, its arguments.
@@ -345,7 +352,8 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 		CPUs:        min(max((b.sandbox.Resources.CPUMillis+999)/1000, 1), maxCPUs),
 		MemoryBytes: b.sandbox.Resources.MemoryBytes &^ (1<<12 - 1),
 		Firmware:    firmware(path),
-		Transport:   b.rec.Transport.Name, CID: b.rec.Transport.CID,
+		Kernel:      kernelPath, Initrd: initrdPath,
+		Transport: b.rec.Transport.Name, CID: b.rec.Transport.CID,
 		Verbose: b.r.cfg.GuestConsole,
 	}
 	if b.accel == accelTCG {
@@ -355,9 +363,16 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	}
 	a.Vsock = add(vsock, nil)
 	a.QMP = add(b.keep(listenUnix(b.dir, qmpSocket)))
-	a.Kernel = add(b.keep(os.Open(b.guest.vmlinuxPath)))
-	b.initrd, err = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport.Port, b.card.tap != nil), b.uid))
-	a.Initrd = add(b.initrd, err)
+	if c.jail, err = b.jail(path, firmwareRows(path)...); err != nil {
+		return command{}, err
+	}
+	c.jail.rows = append(c.jail.rows, jailed{from: b.guest.vmlinuxPath, at: kernelPath, reason: "what it boots"})
+	if b.accel == accelKVM {
+		c.jail.rows = append(c.jail.rows, jailed{from: "/dev/kvm", at: "/dev/kvm", device: true, writable: true, reason: "QEMU takes no descriptor of it"})
+	}
+	var ierr error
+	c.jail.initrd, ierr = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport.Port, b.card.tap != nil), b.uid))
+	errs = errors.Join(errs, ierr)
 	if b.hasDisks() {
 		a.Image = add(b.keep(openImage(b.sandbox.ImagePath)))
 		a.Disk = add(b.keep(os.OpenFile(b.layer, os.O_RDWR|unix.O_NOFOLLOW, 0)))

@@ -115,7 +115,7 @@ func bootTransport(t *testing.T, tr transport, ends transportFiles, token bootTo
 	sample := sampleTSC()
 	args := vmArgs{
 		ID: t.Name(), Accelerator: accel, CPUs: 1, MemoryBytes: 192 << 20, TSCKHz: sample.kHz(), Firmware: firmware(qemu),
-		Kernel: 3, Initrd: 4, QMP: 5, Vsock: 6, Transport: tr.Record().Name, CID: tr.Record().CID,
+		Kernel: fdPath(3), Initrd: fdPath(4), QMP: 5, Vsock: 6, Transport: tr.Record().Name, CID: tr.Record().CID,
 	}.argv()
 	// A reset of the machine is among what is tested.
 	args = slices.DeleteFunc(args, func(s string) bool { return s == "-no-reboot" })
