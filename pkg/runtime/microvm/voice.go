@@ -52,17 +52,25 @@ func newVoice(source *console.Source, logger *zap.Logger) (*voice, error) {
 	return v, nil
 }
 
-// findVoice finds the pipe that is descriptor fd of a running process, nil if that is no pipe.
+// findVoice finds the pipe that is descriptor fd of a process, nil if that is no pipe, or if the process is ending and has
+// closed it: what it said is lost then, and that it has ended is seen elsewhere.
 func findVoice(pid, fd int, source *console.Source, logger *zap.Logger) (*voice, error) {
 	path := fmt.Sprintf("/proc/%d/fd/%d", pid, fd)
 	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
+	err := unix.Stat(path, &st)
+	if hasClosed(err) {
+		return nil, nil
+	}
+	if err != nil {
 		return nil, fmt.Errorf("cannot find what process %d says: %w", pid, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFIFO {
 		return nil, nil
 	}
 	ours, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if hasClosed(err) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot hear what process %d says: %w", pid, err)
 	}
@@ -70,6 +78,8 @@ func findVoice(pid, fd int, source *console.Source, logger *zap.Logger) (*voice,
 	v.listen(logger)
 	return v, nil
 }
+
+func hasClosed(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
 
 func (v *voice) listen(logger *zap.Logger) {
 	v.heard.Go(func() {
