@@ -196,6 +196,12 @@ func TestMountsInside(t *testing.T) {
 				t.Errorf("%s is a %q, not a %s", at, got.fstype, m.fstype)
 			}
 		}
+		// Something lies over what is masked, and it is not what it masks.
+		for _, at := range []string{"/proc/keys", "/proc/interrupts"} {
+			if m := mounts[at]; m.fstype == "" || m.fstype == "proc" || !strings.Contains(m.options, ",ro,") {
+				t.Errorf("%s is not masked: %+v", at, m)
+			}
+		}
 		for at, m := range mounts {
 			_, asked := want[at]
 			node := strings.HasPrefix(at, "/dev/") && strings.Contains(m.options, ",nosuid,") && strings.Contains(m.options, ",noexec,")
