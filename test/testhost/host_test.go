@@ -32,6 +32,9 @@ func TestHost(t *testing.T) {
 	for _, pkg := range []string{"./pkg/runtime/microvm", "./pkg/runtime/container", "./pkg/cgroup"} {
 		files["src/"+pkg+"/"+filepath.Base(pkg)+".test"] = BuildTest(t, pkg)
 	}
+	for _, plugin := range []string{"bridge", "host-local"} { // of Debian's containernetworking-plugins
+		files["cni/"+plugin] = filepath.Join("/usr/lib/cni", plugin)
+	}
 	h := Boot(t, files)
 
 	t.Run("is what the others need", func(t *testing.T) {
@@ -97,7 +100,7 @@ func testDaemon(t *testing.T, h *Host) {
 	h.Must(t, commandPatience, ctl+`
 		start() {
 			systemd-run --quiet --unit=$1 --property=Delegate=yes --property=KillMode=process \
-				/data/bin/sandboxd --vm-accel kvm --vm-kvm-trial 3m
+				/data/bin/sandboxd --vm-accel kvm --vm-kvm-trial 3m --cni-plugin-dir /data/cni
 			for i in $(seq 200); do sandboxctl version >/dev/null 2>&1 && return; sleep 0.1; done
 			journalctl --unit=$1; return 1
 		}
@@ -134,6 +137,7 @@ func testDaemon(t *testing.T, h *Host) {
 	if fields := strings.Fields(got); len(fields) < 2 || fields[0] != "container" || fields[1] != "vm" {
 		t.Errorf("after the daemon's death: %q", got)
 	}
+	testNetwork(t, h, ctl)
 	testAppArmor(t, h, ctl)
 	if out, _ := h.Run(t, commandPatience, "cat /proc/[0-9]*/comm 2>/dev/null | grep -xE 'qemu-system-x86|sandbox-agent|sandbox-vsock'"); out != "" {
 		t.Errorf("left running:\n%s", out)
@@ -172,5 +176,29 @@ func testAppArmor(t *testing.T, h *Host, ctl string) {
 	before, _, _ := strings.Cut(got, "cannot ask for")
 	if strings.Contains(got, "unconfined") || strings.Contains(before, "mounted") || strings.Count(before, "(enforce)") != 2 {
 		t.Errorf("under the profile:\n%s", got)
+	}
+}
+
+// testNetwork has a VM and a container in one network, each reached from the other. Its plugins take the place of the package's.
+func testNetwork(t *testing.T, h *Host, ctl string) {
+	t.Helper()
+	got := h.Must(t, testsPatience, ctl+`
+		mkdir -p /etc/cni/net.d
+		cat >/etc/cni/net.d/lan.conflist <<'END'
+		{"cniVersion": "1.0.0", "name": "lan", "plugins": [{"type": "bridge", "bridge": "sbx0", "isGateway": true, "mtu": 1400,
+		 "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.71.0.0/24"}], [{"subnet": "fd71::/64"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
+END
+		web='mkdir /srv; head -c 1000000 /dev/urandom >/srv/large; md5sum </srv/large >/srv/sum; exec httpd -f -p 80 -h /srv'
+		check='until wget -qO /dev/null $0/sum 2>/dev/null; do sleep 1; done; [ "$(wget -qO- $0/large | md5sum)" = "$(wget -qO- $0/sum)" ] && cat /sys/class/net/eth0/mtu'
+		address() { sandboxctl --format json inspect $1 | grep -oE "$2"; }
+		sandboxctl run -d --name v --isolation vm --network lan busybox sh -c "$web" >/dev/null
+		sandboxctl run -d --name c --isolation container --network lan busybox sh -c "$web" >/dev/null
+		sandboxctl exec c sh -c "$check" "http://$(address v '10\.71\.0\.[0-9]+' | head -n 1)"
+		sandboxctl exec v sh -c "$check" "http://[$(address c 'fd71::[0-9a-f]+' | head -n 1)]"
+		sandboxctl rm -f c v >/dev/null
+		ip -br link | grep -cE '^(veth|tap)' || true
+		find /var/lib/cni/networks/lan -name '*[.:]*[0-9a-f]' ! -name 'last*' | wc -l`)
+	if fields := strings.Fields(got); strings.Join(fields, " ") != "1400 1400 0 0" {
+		t.Errorf("a VM and a container in one network, MTUs and what is left: %q", got)
 	}
 }
