@@ -16,25 +16,20 @@ import (
 
 // createFlags are what create, run and policy explain say about a workload.
 type createFlags struct {
-	name, isolation, cpus, memory, disk          string
-	pids                                         uint32
+	resourceFlags
+
+	name, isolation                              string
 	env, envFiles, labels, mounts, tmpfs         []string
 	capAdd, capDrop, ulimits, securityOpts       []string
 	user, workdir, hostname, network, stopSignal string
 	entrypoint                                   string
 	readOnly, interactive, tty                   bool
-
-	set *pflag.FlagSet
 }
 
 func (c *createFlags) register(f *pflag.FlagSet) {
-	c.set = f
+	c.resourceFlags.register(f)
 	f.StringVar(&c.name, "name", "", "unique name; made up when left out")
 	f.StringVar(&c.isolation, "isolation", "auto", "auto (what the policy demands), container or vm")
-	f.StringVar(&c.cpus, "cpus", "", "processors it may use, such as 1.5")
-	f.StringVar(&c.memory, "memory", "", "memory it may use, such as 256m")
-	f.Uint32Var(&c.pids, "pids", 0, "processes and threads at once")
-	f.StringVar(&c.disk, "disk", "", "size of the writable layer, such as 1g")
 	f.StringArrayVarP(&c.env, "env", "e", nil, "NAME=value, or NAME to take it from here; may be repeated")
 	f.StringArrayVar(&c.envFiles, "env-file", nil, "file with such lines; may be repeated")
 	f.StringVarP(&c.user, "user", "u", "", "NAME|UID[:GROUP|GID] in the image")
@@ -65,7 +60,7 @@ func (c *createFlags) request(image string, command []string) (*sandboxdv1.Creat
 	if err != nil {
 		return nil, err
 	}
-	resources, err := c.resources()
+	resources, err := c.resources(0)
 	if err != nil {
 		return nil, err
 	}
@@ -118,26 +113,6 @@ func (c *createFlags) process(command []string) (*sandboxdv1.ProcessSpec, error)
 		p.Rlimits = append(p.Rlimits, limit)
 	}
 	return p, nil
-}
-
-func (c *createFlags) resources() (r *sandboxdv1.Resources, err error) {
-	r = &sandboxdv1.Resources{Pids: c.pids}
-	if c.cpus != "" {
-		if r.CpuMillis, err = parseCPUs(c.cpus); err != nil {
-			return nil, err
-		}
-	}
-	if c.memory != "" {
-		if r.MemoryBytes, err = parseBytes(c.memory); err != nil {
-			return nil, fmt.Errorf("--memory: %w", err)
-		}
-	}
-	if c.disk != "" {
-		if r.DiskBytes, err = parseBytes(c.disk); err != nil {
-			return nil, fmt.Errorf("--disk: %w", err)
-		}
-	}
-	return r, nil
 }
 
 func parseIsolation(s string) (sandboxdv1.Isolation, error) {

@@ -25,7 +25,8 @@ func (a *app) logsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "logs [flags] WORKLOAD",
 		Short: "Show what a workload wrote",
-		Long:  `Logs prints what the process wrote to standard output and standard error, each to the same stream here.`,
+		Long: `Logs prints what the process wrote to standard output and standard error, each to the same stream here. A workload's log
+keeps the last --log-size of it (see create); what is gone before or between is said on standard error.`,
 		Example: `  sandboxctl logs -f --tail 100 web
   sandboxctl logs --console web
   sandboxctl logs --since 10m --timestamps web 2>errors.txt`,
@@ -60,6 +61,10 @@ func (a *app) logs(ctx context.Context, c *client.Client, request *sandboxdv1.St
 	return c.Logs(ctx, request, func(r *sandboxdv1.StreamLogsResponse) error {
 		if a.json() {
 			return a.printJSONLine(r)
+		}
+		if n := r.GetDroppedBytes(); n > 0 {
+			_, err := fmt.Fprintf(errOut, "sandboxctl: %d bytes of output are gone here: the log keeps the last of it (--log-size)\n", n)
+			return err
 		}
 		which, w := 0, out
 		if r.GetStream() == sandboxdv1.OutputStream_OUTPUT_STREAM_STDERR {

@@ -34,6 +34,7 @@ prints one array of workloads.`,
 				f.request.States = []sandboxdv1.WorkloadState{
 					sandboxdv1.WorkloadState_WORKLOAD_STATE_STARTING,
 					sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING,
+					sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED,
 					sandboxdv1.WorkloadState_WORKLOAD_STATE_STOPPING,
 				}
 			}
@@ -70,7 +71,7 @@ func parseFilters(list []string) (*filter, error) {
 		case "state", "status":
 			state, ok := sandboxdv1.WorkloadState_value["WORKLOAD_STATE_"+strings.ToUpper(value)]
 			if !ok || state == 0 {
-				return nil, fmt.Errorf("cannot use --filter %q: the states are created, starting, running, stopping, exited, failed and deleting", entry)
+				return nil, fmt.Errorf("cannot use --filter %q: the states are created, starting, running, paused, stopping, exited, failed and deleting", entry)
 			}
 			f.request.States = append(f.request.States, sandboxdv1.WorkloadState(state))
 		case "isolation":
@@ -147,8 +148,14 @@ func statusText(w *sandboxdv1.Workload, now time.Time) string {
 	switch s.GetState() {
 	case sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING:
 		return "Up " + age(now.Sub(s.GetStartedAt().AsTime()))
+	case sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED:
+		return "Up " + age(now.Sub(s.GetStartedAt().AsTime())) + " (paused)"
 	case sandboxdv1.WorkloadState_WORKLOAD_STATE_EXITED:
-		return fmt.Sprintf("Exited (%d) %s ago", s.GetExitCode(), age(now.Sub(s.GetExitedAt().AsTime())))
+		text := fmt.Sprintf("Exited (%d) %s ago", s.GetExitCode(), age(now.Sub(s.GetExitedAt().AsTime())))
+		if s.GetOomKilled() {
+			text += ", out of memory"
+		}
+		return text
 	}
 	text := stateText(s.GetState())
 	return strings.ToUpper(text[:1]) + text[1:]

@@ -26,8 +26,10 @@ func (a *app) statsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "stats [flags] [WORKLOAD...]",
 		Short: "Show what workloads use",
-		Long: `Stats shows what the host counts for each running workload, or for those named, until it is interrupted. A VM's memory is
-that of its whole QEMU process. With --format json each line is one usage.`,
+		Long: `Stats shows what the host counts for each running workload, or for those named, until it is interrupted. MEMORY is the
+working set: without file pages that were not used lately, which are in CACHE. A VM's memory is that of its whole QEMU
+process. READ and WRITTEN are what reached the disk. WAITS is how much of the last ten seconds some of its tasks waited
+for a resource, where the host has PSI. With --format json each line is one usage, with more in it.`,
 		Example: `  sandboxctl stats
   sandboxctl stats --no-stream web
   sandboxctl stats --no-stream --format json | jq -r '.name + " " + .memoryBytes'`,
@@ -87,7 +89,9 @@ func usages(ctx context.Context, c *client.Client, refs []string) ([]*sandboxdv1
 	all := len(refs) == 0
 	if all {
 		running, err := c.ListWorkloads(ctx, &sandboxdv1.ListWorkloadsRequest{
-			States: []sandboxdv1.WorkloadState{sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING},
+			States: []sandboxdv1.WorkloadState{
+				sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING, sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED,
+			},
 		})
 		if err != nil {
 			return nil, err
@@ -115,9 +119,12 @@ func (a *app) printUsages(list []*sandboxdv1.Usage, before map[string]*sandboxdv
 	for _, u := range list {
 		rows = append(rows, []string{
 			short(u.GetId()), u.GetName(), isolationText(u.GetIsolation()), cpuShare(before[u.GetId()], u),
-			size(u.GetMemoryBytes()) + " / " + limit(u.GetMemoryLimitBytes()),
+			size(u.GetMemoryWorkingSetBytes()) + " / " + limit(u.GetMemoryLimitBytes()),
+			size(u.GetMemoryCacheBytes()) + " / " + size(u.GetMemoryPeakBytes()),
 			fmt.Sprintf("%d / %s", u.GetPids(), count(u.GetPidsLimit())),
+			size(u.GetIoReadBytes()) + " / " + size(u.GetIoWriteBytes()),
 			size(u.GetDiskBytes()) + " / " + limit(u.GetDiskLimitBytes()),
+			pressure(u.GetCpuPressure()) + " / " + pressure(u.GetMemoryPressure()) + " / " + pressure(u.GetIoPressure()),
 		})
 	}
 	var out bytes.Buffer
@@ -125,7 +132,7 @@ func (a *app) printUsages(list []*sandboxdv1.Usage, before map[string]*sandboxdv
 		// Home, and clear to the end of the screen: less flicker than clearing first.
 		out.WriteString("\x1b[H\x1b[J")
 	}
-	if err := table(&out, []string{"ID", "NAME", "ISOLATION", "CPU", "MEMORY / LIMIT", "PIDS / LIMIT", "DISK / LIMIT"}, rows); err != nil {
+	if err := table(&out, []string{"ID", "NAME", "ISOLATION", "CPU", "MEMORY / LIMIT", "CACHE / PEAK", "PIDS / LIMIT", "READ / WRITTEN", "DISK / LIMIT", "WAITS CPU / MEM / IO"}, rows); err != nil {
 		return err
 	}
 	_, err := a.stdout.Write(out.Bytes())
@@ -140,6 +147,14 @@ func cpuShare(before, now *sandboxdv1.Usage) string {
 	}
 	used := now.GetCpuTime().AsDuration() - before.GetCpuTime().AsDuration()
 	return fmt.Sprintf("%.1f%%", 100*max(used.Seconds(), 0)/wall.Seconds())
+}
+
+// pressure is the share of the last ten seconds in which some task waited.
+func pressure(p *sandboxdv1.Pressure) string {
+	if p == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%.0f%%", p.GetSomeAvg10())
 }
 
 func limit(n uint64) string {

@@ -58,6 +58,8 @@ type Client struct {
 	dialling chan struct{} // holds one token: who has it dials
 	mu       sync.Mutex
 	conn     *connection // nil when there is none
+	// Closed while the agent can answer; calls wait for it.
+	awake chan struct{}
 }
 
 // connection is one connection to the agent.
@@ -69,7 +71,8 @@ type connection struct {
 // New makes a client that reaches its agent by dial until done is closed. It dials at the first call.
 func New(dial func(context.Context) (net.Conn, error), done <-chan struct{}) *Client {
 	ctx, cancel := context.WithCancel(context.Background())
-	c := &Client{dial: dial, done: done, ctx: ctx, cancel: cancel, dialling: make(chan struct{}, 1)}
+	c := &Client{dial: dial, done: done, ctx: ctx, cancel: cancel, dialling: make(chan struct{}, 1), awake: make(chan struct{})}
+	close(c.awake)
 	c.owned.Go(func() {
 		select {
 		case <-done:
@@ -163,6 +166,13 @@ func (c *Client) call(ctx context.Context, limit time.Duration, attempt func(con
 
 	var unreachable time.Time // since when
 	for delay := firstRetry; ; delay = min(2*delay, lastRetry) {
+		awake, err := c.awaitAwake(ctx)
+		if err != nil {
+			if gone := c.gone(); gone != nil {
+				return gone
+			}
+			return err
+		}
 		conn, err := c.connect(ctx)
 		if err == nil {
 			err = c.attempt(ctx, conn, limit, attempt)
@@ -189,7 +199,9 @@ func (c *Client) call(ctx context.Context, limit time.Duration, attempt func(con
 		if spec.KindOf(err) == spec.KindWrongState {
 			return err // the instance says that it has ended
 		}
-		if unreachable.IsZero() {
+		if !c.awakeSince(awake) {
+			unreachable = time.Time{} // it could not have answered
+		} else if unreachable.IsZero() {
 			unreachable = time.Now()
 		} else if time.Since(unreachable) > reconnectLimit {
 			return spec.Errorf(spec.KindUnavailable, "cannot reach the sandbox's agent for %v: %w", reconnectLimit, err)

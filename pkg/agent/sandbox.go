@@ -122,6 +122,7 @@ func (c *Client) Stats(ctx context.Context) (spec.Claims, error) {
 		}
 		claims = spec.Claims{
 			MemoryTotalBytes: r.MemoryTotalBytes, MemoryAvailableBytes: r.MemoryAvailableBytes, MemoryCacheBytes: r.MemoryCacheBytes,
+			OOMKills: r.OomKills,
 		}
 		return nil
 	})

@@ -61,6 +61,13 @@ type Limits struct {
 	MemoryBytes uint64
 	// Processes and threads.
 	Pids uint32
+	// See spec.Resources. What the host cannot enforce, Check refuses.
+	CPUWeight       uint32
+	CPUSet          string
+	MemoryHighBytes uint64
+	SwapBytes       uint64
+	OOMGroup        bool
+	IO              IO
 	// The only device nodes the group's processes may open, wherever they find them; nobody may make any. Nil means all.
 	Devices []Device
 }
@@ -92,8 +99,15 @@ func deviceRules(devices []Device) []specs.LinuxDeviceCgroup {
 
 // hierarchies is one version's way to limit and count.
 type hierarchies interface {
+	// check refuses limits that this host cannot enforce.
+	check(l Limits) error
 	// create makes the group in every hierarchy and sets its limits.
 	create(path string, l Limits) error
+	// update brings a group's limits to l, but for Devices. What l does not limit is unlimited afterwards.
+	update(path string, l Limits) error
+	// freeze and thaw only ask; frozen says what has come of it.
+	freeze(path string, on bool) error
+	frozen(path string) (bool, error)
 	// dirs are the group's directories, whether or not they exist.
 	dirs(path string) []string
 	// start calls fn, on a thread that serves nothing else afterwards, where a process that it forks with attr is in the group.
@@ -155,6 +169,9 @@ func New(parent, id string, l Limits) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := check(g.h, l); err != nil {
+		return nil, err
+	}
 	if err := g.h.create(g.path, l); err != nil {
 		_ = g.remove() // the first error counts
 		return nil, fmt.Errorf("cannot make the cgroup %s: %w", g.path, err)
@@ -171,8 +188,14 @@ func New(parent, id string, l Limits) (*Group, error) {
 
 // Limit sets the group's limits anew.
 func (g *Group) Limit(l Limits) error {
+	if err := check(g.h, l); err != nil {
+		return err
+	}
 	if err := g.h.create(g.path, l); err != nil {
 		return fmt.Errorf("cannot limit the cgroup %s: %w", g.path, err)
+	}
+	if l.CPUSet != "" {
+		return g.Update(l) // the processes that are there must move
 	}
 	return nil
 }
@@ -274,6 +297,11 @@ func (g *Group) Usage() (spec.Usage, error) {
 		return spec.Usage{}, fmt.Errorf("cannot read the usage of the cgroup %s: %w", g.path, err)
 	}
 	u.Time = time.Now()
+	if g.unified != "" { // its group has PSI even where v1 has the controllers
+		u.CPUPressure = readPressure(filepath.Join(g.unified, "cpu.pressure"))
+		u.MemoryPressure = readPressure(filepath.Join(g.unified, "memory.pressure"))
+		u.IOPressure = readPressure(filepath.Join(g.unified, "io.pressure"))
+	}
 	return u, nil
 }
 

@@ -29,7 +29,15 @@ const (
 	// freezePolls and freezePause bound the wait for a group to freeze: 100 ms.
 	freezePolls = 100
 	freezePause = time.Millisecond
+	blkio       = string(cgroup1.Blkio)
 )
+
+// optional controllers of v1: where they are mounted, and for cpuset where it was asked for (a group of its own costs every
+// start), a group has a directory there too.
+var optional = []struct{ name, reason string }{
+	{blkio, "limits and counts input and output"},
+	{string(cgroup1.Cpuset), "says which processors"},
+}
 
 // controllers of v1 that a group needs.
 var controllers = []struct {
@@ -58,25 +66,13 @@ func subsystems() ([]cgroup1.Subsystem, error) {
 	return all, nil
 }
 
-func (v1) create(path string, l Limits) error {
-	r := &specs.LinuxResources{Devices: deviceRules(l.Devices)}
-	if l.CPUMillis > 0 {
-		period := uint64(cpuPeriod)
-		quota, shares := cpuQuota(l.CPUMillis), cpuShares(l.CPUMillis)
-		r.CPU = &specs.LinuxCPU{Shares: &shares, Quota: &quota, Period: &period}
-	}
-	if l.MemoryBytes > 0 {
-		limit := int64(l.MemoryBytes)
-		r.Memory = &specs.LinuxMemory{Limit: &limit}
-		if _, err := os.Stat(filepath.Join(root, "memory/memory.memsw.limit_in_bytes")); err == nil {
-			r.Memory.Swap = &limit // memory and swap together: no swap
-		}
-	}
-	if l.Pids > 0 {
-		limit := int64(l.Pids)
-		r.Pids = &specs.LinuxPids{Limit: &limit}
-	}
+func (v v1) create(path string, l Limits) error {
+	r := v1Resources(l)
+	r.Devices = deviceRules(l.Devices)
 	if _, err := cgroup1.New(cgroup1.StaticPath(path), r, cgroup1.WithHierarchy(subsystems)); err != nil {
+		return err
+	}
+	if err := v.createOptional(path, l, r); err != nil {
 		return err
 	}
 	if Mode() == ModeHybrid {
@@ -85,10 +81,167 @@ func (v1) create(path string, l Limits) error {
 	return nil
 }
 
+func (v1) createOptional(path string, l Limits, r *specs.LinuxResources) error {
+	if l.CPUSet != "" {
+		if err := cgroup1.NewCpuset(root).Create(path, r); err != nil {
+			return err
+		}
+	}
+	if !exists(filepath.Join(root, blkio)) {
+		return nil
+	}
+	if err := throttles(l.IO, r); err != nil {
+		return err
+	}
+	return cgroup1.NewBlkio(root).Create(path, r)
+}
+
+// throttles adds l to r. A rate of zero lifts a limit.
+func throttles(l IO, r *specs.LinuxResources) error {
+	if l.Disk == "" {
+		return nil
+	}
+	d, err := diskOf(l.Disk)
+	if err != nil {
+		if l.limited() {
+			return err
+		}
+		return nil // nothing to limit there, and nothing was
+	}
+	throttle := func(rate uint64) []specs.LinuxThrottleDevice {
+		t := specs.LinuxThrottleDevice{Rate: rate}
+		t.Major, t.Minor = int64(d.major), int64(d.minor)
+		return []specs.LinuxThrottleDevice{t}
+	}
+	r.BlockIO = &specs.LinuxBlockIO{ThrottleReadBpsDevice: throttle(l.ReadBPS), ThrottleReadIOPSDevice: throttle(uint64(l.ReadIOPS))}
+	return nil
+}
+
+func v1Resources(l Limits) *specs.LinuxResources {
+	r := &specs.LinuxResources{CPU: &specs.LinuxCPU{Cpus: l.CPUSet}}
+	if l.CPUMillis > 0 {
+		period := uint64(cpuPeriod)
+		quota, shares := cpuQuota(l.CPUMillis), cpuShares(l.CPUMillis)
+		r.CPU.Shares, r.CPU.Quota, r.CPU.Period = &shares, &quota, &period
+	}
+	if l.CPUWeight > 0 {
+		shares := weightShares(l.CPUWeight)
+		r.CPU.Shares = &shares
+	}
+	if l.MemoryBytes > 0 {
+		limit := int64(l.MemoryBytes)
+		r.Memory = &specs.LinuxMemory{Limit: &limit}
+		if exists(filepath.Join(root, "memory/memory.memsw.limit_in_bytes")) {
+			both := int64(l.MemoryBytes + l.SwapBytes)
+			r.Memory.Swap = &both // memory and swap together
+		}
+	}
+	if l.Pids > 0 {
+		limit := int64(l.Pids)
+		r.Pids = &specs.LinuxPids{Limit: &limit}
+	}
+	return r
+}
+
+// raiseMemory makes room for a higher limit: memory alone may never be above memory and swap together, and the library sets
+// memory first.
+func raiseMemory(path string, memory cgroup1.Subsystem, r *specs.LinuxResources) error {
+	if r.Memory == nil || r.Memory.Swap == nil {
+		return nil
+	}
+	now, err := readInts(filepath.Join(root, string(cgroup1.Memory), path, "memory.memsw.limit_in_bytes"))
+	if err != nil {
+		return err
+	}
+	if len(now) != 1 || int64(now[0]) >= *r.Memory.Swap {
+		return nil
+	}
+	return updateV1(memory, path, &specs.LinuxResources{Memory: &specs.LinuxMemory{Swap: r.Memory.Swap}})
+}
+
+func updateV1(s cgroup1.Subsystem, path string, r *specs.LinuxResources) error {
+	u, ok := s.(interface {
+		Update(path string, resources *specs.LinuxResources) error
+	})
+	if !ok {
+		return fmt.Errorf("cannot update controller %s", s.Name())
+	}
+	return u.Update(path, r)
+}
+
+func (v v1) update(path string, l Limits) error {
+	r := v1Resources(l)
+	var memory cgroup1.Subsystem = cgroup1.NewMemory(root, cgroup1.OptionalSwap(), cgroup1.IgnoreModules("kmem", "kmem.tcp"))
+	if err := raiseMemory(path, memory, r); err != nil {
+		return err
+	}
+	for _, s := range []cgroup1.Subsystem{cgroup1.NewCpu(root), memory, cgroup1.NewPids(root)} {
+		if err := updateV1(s, path, r); err != nil {
+			return err
+		}
+	}
+	if err := v.updateCPUSet(path, l.CPUSet, r); err != nil {
+		return err
+	}
+	if !exists(filepath.Join(root, blkio, path)) {
+		return nil // not mounted: nothing is limited there
+	}
+	if err := throttles(l.IO, r); err != nil {
+		return err
+	}
+	return cgroup1.NewBlkio(root).Update(path, r)
+}
+
+// moveRounds bounds the moving of processes into a new group while they fork: a child starts where its parent is, so one
+// round moves all but those forked during it.
+const moveRounds = 16
+
+// updateCPUSet gives a group its processors; empty means all. A group that began without gets its directory now.
+func (v v1) updateCPUSet(path, cpus string, r *specs.LinuxResources) error {
+	dir := filepath.Join(root, string(cgroup1.Cpuset), path)
+	if cpus == "" {
+		if !exists(dir) {
+			return nil
+		}
+		all, err := os.ReadFile(filepath.Join(filepath.Dir(dir), "cpuset.cpus"))
+		if err != nil {
+			return err
+		}
+		return writeFile(filepath.Join(dir, "cpuset.cpus"), strings.TrimSpace(string(all)))
+	}
+	if err := cgroup1.NewCpuset(root).Create(path, r); err != nil {
+		return err
+	}
+	for range moveRounds {
+		all, err := processes(filepath.Join(root, string(cgroup1.Pids), path))
+		if err != nil {
+			return err
+		}
+		inside, err := processes(dir)
+		if err != nil {
+			return err
+		}
+		outside := slices.DeleteFunc(all, func(pid int) bool { return slices.Contains(inside, pid) })
+		if len(outside) == 0 {
+			return nil
+		}
+		for _, pid := range outside {
+			err := writeFile(filepath.Join(dir, "cgroup.procs"), strconv.Itoa(pid))
+			if err != nil && !errors.Is(err, unix.ESRCH) { // it has ended
+				return err
+			}
+		}
+	}
+	return errors.New("its processes fork faster than they can be moved: pause it and try again")
+}
+
 func (v v1) dirs(path string) []string {
 	var dirs []string
 	for _, c := range controllers {
 		dirs = append(dirs, filepath.Join(root, string(c.name), path))
+	}
+	for _, c := range optional {
+		dirs = append(dirs, filepath.Join(root, c.name, path))
 	}
 	if v.unified {
 		dirs = append(dirs, filepath.Join(unifiedMount, path))
@@ -103,6 +256,12 @@ func (v v1) start(path string, attr *syscall.SysProcAttr, fn func(*syscall.SysPr
 		for _, c := range controllers {
 			tasks := filepath.Join(root, string(c.name), path, "tasks")
 			if err := writeFile(tasks, "0"); err != nil { // 0 is the writing thread
+				return fmt.Errorf("cannot enter a cgroup: %w", err)
+			}
+		}
+		for _, c := range optional {
+			tasks := filepath.Join(root, c.name, path, "tasks")
+			if err := writeFile(tasks, "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("cannot enter a cgroup: %w", err)
 			}
 		}
@@ -166,15 +325,31 @@ func (v1) usage(path string) (spec.Usage, error) {
 	if err != nil {
 		return spec.Usage{}, err
 	}
-	return spec.Usage{
+	u := spec.Usage{
 		CPUTime:          time.Duration(m.GetCPU().GetUsage().GetTotal()),
+		CPUThrottled:     time.Duration(m.GetCPU().GetThrottling().GetThrottledTime()),
 		MemoryBytes:      m.GetMemory().GetUsage().GetUsage(),
 		MemoryPeakBytes:  m.GetMemory().GetUsage().GetMax(),
 		MemoryCacheBytes: m.GetMemory().GetTotalCache(),
 		MemoryLimitBytes: m.GetMemory().GetUsage().GetLimit(),
+		OOMKills:         m.GetMemoryOomControl().GetOomKill(),
 		Pids:             m.GetPids().GetCurrent(),
 		PidsLimit:        m.GetPids().GetLimit(),
-	}, nil
+	}
+	u.MemoryWorkingSetBytes = u.MemoryBytes - min(u.MemoryBytes, m.GetMemory().GetTotalInactiveFile())
+	both := m.GetMemory().GetSwap().GetUsage() // memory and swap together; 0 where swap is not counted
+	u.SwapBytes = both - min(both, u.MemoryBytes)
+	for name, into := range map[string][2]*uint64{
+		"io_service_bytes_recursive": {&u.IOReadBytes, &u.IOWriteBytes},
+		"io_serviced_recursive":      {&u.IOReads, &u.IOWrites},
+	} {
+		b, err := os.ReadFile(filepath.Join(root, blkio, path, "blkio.throttle."+name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return spec.Usage{}, err
+		}
+		parseThrottle(string(b), into[0], into[1])
+	}
+	return u, nil
 }
 
 // processes are those with their first thread in the group at dir. The daemon's forking thread (see start) makes v1 list

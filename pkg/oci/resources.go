@@ -1,6 +1,8 @@
 package oci
 
 import (
+	"strconv"
+
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -30,6 +32,9 @@ func checkResources(r spec.Resources, granted spec.Isolation) error {
 	if r.DiskBytes != 0 && (r.DiskBytes < disk.MinSize || r.DiskBytes > disk.MaxSize) {
 		return spec.Invalidf("spec.resources.disk_bytes", "a writable layer cannot have %d bytes: give it between %d and %d", r.DiskBytes, uint64(disk.MinSize), uint64(disk.MaxSize))
 	}
+	if r.MemoryHighBytes > r.MemoryBytes && r.MemoryBytes != 0 {
+		return spec.Invalidf("spec.resources.memory_high_bytes", "memory_high_bytes is above memory_bytes (%d MiB), where it never matters: give less", r.MemoryBytes>>20)
+	}
 	return nil
 }
 
@@ -43,6 +48,29 @@ func resourcesOf(r spec.Resources) *specs.LinuxResources {
 	if r.MemoryBytes > 0 {
 		limit := int64(min(r.MemoryBytes, 1<<62))
 		out.Memory = &specs.LinuxMemory{Limit: &limit}
+	}
+	if r.CPUSet != "" {
+		if out.CPU == nil {
+			out.CPU = &specs.LinuxCPU{}
+		}
+		out.CPU.Cpus = r.CPUSet
+	}
+	unified := map[string]string{}
+	if r.CPUWeight > 0 {
+		unified["cpu.weight"] = strconv.FormatUint(uint64(r.CPUWeight), 10)
+	}
+	if r.MemoryHighBytes > 0 {
+		unified["memory.high"] = strconv.FormatUint(r.MemoryHighBytes, 10)
+	}
+	if r.OOMGroup {
+		unified["memory.oom.group"] = "1"
+	}
+	if len(unified) > 0 {
+		out.Unified = unified
+	}
+	if out.Memory != nil && r.SwapBytes > 0 {
+		both := *out.Memory.Limit + int64(min(r.SwapBytes, 1<<60))
+		out.Memory.Swap = &both
 	}
 	if r.Pids > 0 {
 		limit := int64(r.Pids)

@@ -58,6 +58,17 @@ type resourceFacts struct {
 	MemoryBytes int64 `cel:"memoryBytes"`
 	Pids        int64 `cel:"pids"`
 	DiskBytes   int64 `cel:"diskBytes"`
+	CPUWeight   int64 `cel:"cpuWeight"`
+	// As asked for: "0-3,8".
+	CPUSet          string `cel:"cpuset"`
+	MemoryHighBytes int64  `cel:"memoryHighBytes"`
+	SwapBytes       int64  `cel:"swapBytes"`
+	OOMGroup        bool   `cel:"oomGroup"`
+	IOReadBPS       int64  `cel:"ioReadBps"`
+	IOWriteBPS      int64  `cel:"ioWriteBps"`
+	IOReadIOPS      int64  `cel:"ioReadIops"`
+	IOWriteIOPS     int64  `cel:"ioWriteIops"`
+	LogBytes        int64  `cel:"logBytes"`
 }
 
 type imageFacts struct {
@@ -110,6 +121,11 @@ func factsOf(in Input) (map[string]any, error) {
 		Resources: resourceFacts{
 			CPUMillis: int64(w.Resources.CPUMillis), MemoryBytes: integer(w.Resources.MemoryBytes),
 			Pids: int64(w.Resources.Pids), DiskBytes: integer(w.Resources.DiskBytes),
+			CPUWeight: int64(w.Resources.CPUWeight), CPUSet: w.Resources.CPUSet,
+			MemoryHighBytes: integer(w.Resources.MemoryHighBytes), SwapBytes: integer(w.Resources.SwapBytes), OOMGroup: w.Resources.OOMGroup,
+			IOReadBPS: integer(w.Resources.IOReadBPS), IOWriteBPS: integer(w.Resources.IOWriteBPS),
+			IOReadIOPS: int64(w.Resources.IOReadIOPS), IOWriteIOPS: int64(w.Resources.IOWriteIOPS),
+			LogBytes: integer(w.Resources.LogBytes),
 		},
 	}
 	request.Seccomp, request.SeccompDigest = seccompFacts(w.Seccomp)

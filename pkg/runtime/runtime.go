@@ -41,7 +41,7 @@ type Instance interface {
 	Kill() error
 	// Done is closed when the last host process of the sandbox has gone.
 	Done() <-chan struct{}
-	// Usage is from the cgroup, never from the agent.
+	// Usage is from the cgroup, never from the agent. It answers after Done too, until Release or Remove: then ErrNotRunning.
 	Usage() (spec.Usage, error)
 	// Facts are fixed for the life of the instance.
 	Facts() Facts
@@ -84,6 +84,31 @@ type Facts struct {
 	IDBase uint32
 	// The AppArmor profile its processes are to run under, loaded; empty where there is none.
 	AppArmorProfile string
+}
+
+// LimitChecker is a Runtime that knows limits which not every host can enforce.
+type LimitChecker interface {
+	// CheckLimits refuses what no sandbox on this host can be held to, with the reason: KindWrongState, reason UNSATISFIABLE.
+	CheckLimits(r spec.Resources) error
+}
+
+// Updater is an Instance whose limits can be changed while it runs. One caller at a time.
+type Updater interface {
+	// CheckUpdate refuses, before anything is recorded or changed, what cannot be changed to now: KindWrongState. now are the
+	// limits it was started with or last updated to.
+	CheckUpdate(now, to spec.Resources) error
+	// Update brings the limits to what to says. Idempotent; after an error some may have been changed.
+	Update(ctx context.Context, to spec.Resources) error
+}
+
+// Pauser is an Instance that can be made to stand still, the agent included: whoever pauses it must expect no answer
+// from that. It stays paused when the daemon ends.
+type Pauser interface {
+	// Pause returns when nothing of the sandbox runs; after an error it goes on. Idempotent. A paused sandbox can be killed
+	// and removed.
+	Pause(ctx context.Context) error
+	// Resume lets it go on. Idempotent.
+	Resume() error
 }
 
 // Prober is a runtime that can say whether it would work on this host, and why. Every runtime of this repository is one;

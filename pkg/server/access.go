@@ -38,6 +38,10 @@ var methods = map[string]access{
 	sandboxdv1.WorkloadService_ListWorkloads_FullMethodName:  {who: connected},
 	sandboxdv1.WorkloadService_StopWorkload_FullMethodName:   {who: connected},
 	sandboxdv1.WorkloadService_KillWorkload_FullMethodName:   {who: connected},
+	// An update is no way round the policy: that is asked again, about this caller.
+	sandboxdv1.WorkloadService_UpdateWorkload_FullMethodName: {who: connected},
+	sandboxdv1.WorkloadService_PauseWorkload_FullMethodName:  {who: connected},
+	sandboxdv1.WorkloadService_ResumeWorkload_FullMethodName: {who: connected},
 	sandboxdv1.WorkloadService_WaitWorkload_FullMethodName:   {who: connected, long: true},
 	sandboxdv1.WorkloadService_DeleteWorkload_FullMethodName: {who: connected},
 	sandboxdv1.WorkloadService_Exec_FullMethodName:           {who: connected, long: true},

@@ -167,6 +167,11 @@ func resourcesFromAPI(r *sandboxdv1.Resources) spec.Resources {
 		MemoryBytes: r.GetMemoryBytes(),
 		Pids:        r.GetPids(),
 		DiskBytes:   r.GetDiskBytes(),
+
+		CPUWeight: r.GetCpuWeight(), CPUSet: r.GetCpusetCpus(),
+		MemoryHighBytes: r.GetMemoryHighBytes(), SwapBytes: r.GetSwapBytes(), OOMGroup: r.GetOomGroup(),
+		IOReadBPS: r.GetIoReadBps(), IOWriteBPS: r.GetIoWriteBps(), IOReadIOPS: r.GetIoReadIops(), IOWriteIOPS: r.GetIoWriteIops(),
+		LogBytes: r.GetLogBytes(),
 	}
 }
 
@@ -176,6 +181,11 @@ func resourcesToAPI(s spec.Resources) *sandboxdv1.Resources {
 		MemoryBytes: s.MemoryBytes,
 		Pids:        s.Pids,
 		DiskBytes:   s.DiskBytes,
+
+		CpuWeight: s.CPUWeight, CpusetCpus: s.CPUSet,
+		MemoryHighBytes: s.MemoryHighBytes, SwapBytes: s.SwapBytes, OomGroup: s.OOMGroup,
+		IoReadBps: s.IOReadBPS, IoWriteBps: s.IOWriteBPS, IoReadIops: s.IOReadIOPS, IoWriteIops: s.IOWriteIOPS,
+		LogBytes: s.LogBytes,
 	}
 }
 

@@ -157,6 +157,8 @@ func fillGo(v reflect.Value, n *int) {
 		v.SetInt(int64(*n))
 	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
 		v.SetUint(uint64(*n))
+	case reflect.Float64:
+		v.SetFloat(float64(*n))
 	default:
 		panic("no value for " + v.Type().String())
 	}
@@ -209,6 +211,7 @@ func TestViewsLeaveNothingOut(t *testing.T) {
 		w.Spec.Mounts[i].Type = spec.MountBind
 	}
 	usage.Workload = w
+	w.Status.OOM.Where = workload.OOMVMM
 	event.Isolation, event.Type = spec.IsolationVM, workload.EventExited
 	check.Result = "warning"
 	for _, m := range []proto.Message{

@@ -21,6 +21,7 @@ var states = pairs[workload.State, sandboxdv1.WorkloadState]{
 	{workload.StateCreated, sandboxdv1.WorkloadState_WORKLOAD_STATE_CREATED},
 	{workload.StateStarting, sandboxdv1.WorkloadState_WORKLOAD_STATE_STARTING},
 	{workload.StateRunning, sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING},
+	{workload.StatePaused, sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED},
 	{workload.StateStopping, sandboxdv1.WorkloadState_WORKLOAD_STATE_STOPPING},
 	{workload.StateExited, sandboxdv1.WorkloadState_WORKLOAD_STATE_EXITED},
 	{workload.StateFailed, sandboxdv1.WorkloadState_WORKLOAD_STATE_FAILED},
@@ -38,6 +39,9 @@ var eventTypes = pairs[workload.EventType, sandboxdv1.Event_Type]{
 	{workload.EventExecStarted, sandboxdv1.Event_TYPE_EXEC_STARTED},
 	{workload.EventExecExited, sandboxdv1.Event_TYPE_EXEC_EXITED},
 	{workload.EventRecovered, sandboxdv1.Event_TYPE_RECOVERED},
+	{workload.EventPaused, sandboxdv1.Event_TYPE_PAUSED},
+	{workload.EventResumed, sandboxdv1.Event_TYPE_RESUMED},
+	{workload.EventUpdated, sandboxdv1.Event_TYPE_UPDATED},
 	{workload.EventImageAdded, sandboxdv1.Event_TYPE_IMAGE_ADDED},
 	{workload.EventImageRemoved, sandboxdv1.Event_TYPE_IMAGE_REMOVED},
 }
@@ -97,6 +101,8 @@ func statusToAPI(s workload.Status) *sandboxdv1.WorkloadStatus {
 		BootId:         validUTF8(s.Claims.BootID),
 		HostPid:        int32(s.HostPID),
 		Networks:       networksToAPI(s.Networks),
+		OomKilled:      s.OOM != nil,
+		Oom:            oomToAPI(s.OOM),
 	}
 	if s.Exit != nil {
 		code := int32(s.Exit.Code)
@@ -125,6 +131,30 @@ func networksToAPI(networks []spec.Network) []*sandboxdv1.NetworkStatus {
 		out = append(out, a)
 	}
 	return out
+}
+
+var oomPlaces = pairs[workload.OOMWhere, sandboxdv1.OOM_Where]{
+	{workload.OOMContainer, sandboxdv1.OOM_WHERE_CONTAINER},
+	{workload.OOMGuest, sandboxdv1.OOM_WHERE_GUEST},
+	{workload.OOMVMM, sandboxdv1.OOM_WHERE_VMM},
+}
+
+func oomToAPI(o *workload.OOM) *sandboxdv1.OOM {
+	if o == nil {
+		return nil
+	}
+	return &sandboxdv1.OOM{Where: oomPlaces.toAPI(o.Where), Kills: o.Kills, LimitBytes: o.LimitBytes, PeakBytes: o.PeakBytes}
+}
+
+// pressureToAPI: what the host does not have is absent.
+func pressureToAPI(p *spec.Pressure) *sandboxdv1.Pressure {
+	if p == nil {
+		return nil
+	}
+	return &sandboxdv1.Pressure{
+		SomeAvg10: p.SomeAvg10, FullAvg10: p.FullAvg10,
+		SomeTotal: durationpb.New(p.SomeTotal), FullTotal: durationpb.New(p.FullTotal),
+	}
 }
 
 func decisionToAPI(d policy.Decision) *sandboxdv1.Decision {
@@ -169,6 +199,17 @@ func usageToAPI(u workload.Usage) *sandboxdv1.Usage {
 		GuestMemoryAvailableBytes: u.Claims.MemoryAvailableBytes,
 		DiskBytes:                 u.Host.DiskBytes,
 		DiskLimitBytes:            u.Host.DiskLimitBytes,
+		MemoryWorkingSetBytes:     u.Host.MemoryWorkingSetBytes,
+		SwapBytes:                 u.Host.SwapBytes,
+		IoReadBytes:               u.Host.IOReadBytes,
+		IoWriteBytes:              u.Host.IOWriteBytes,
+		IoReads:                   u.Host.IOReads,
+		IoWrites:                  u.Host.IOWrites,
+		CpuThrottledTime:          durationpb.New(u.Host.CPUThrottled),
+		CpuPressure:               pressureToAPI(u.Host.CPUPressure),
+		MemoryPressure:            pressureToAPI(u.Host.MemoryPressure),
+		IoPressure:                pressureToAPI(u.Host.IOPressure),
+		OomKills:                  u.Host.OOMKills,
 	}
 }
 

@@ -30,6 +30,9 @@ type lifecycle interface {
 	Kill(ctx context.Context, ref, signal string) error
 	Wait(ctx context.Context, ref string) (workload.Workload, error)
 	Delete(ctx context.Context, ref string, force bool) error
+	Pause(ctx context.Context, ref string) (workload.Workload, error)
+	Resume(ctx context.Context, ref string) (workload.Workload, error)
+	Update(ctx context.Context, ref string, caller spec.Caller, change func(*spec.Resources)) (workload.Workload, error)
 }
 
 type views interface {

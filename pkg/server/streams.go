@@ -20,6 +20,9 @@ func (s *workloadService) StreamLogs(r *sandboxdv1.StreamLogsRequest, stream grp
 		o.Tail = int(r.GetTail())
 	}
 	return s.Workloads.Logs(stream.Context(), r.GetId(), o, func(e workload.LogEntry) error {
+		if e.Dropped > 0 {
+			return stream.Send(&sandboxdv1.StreamLogsResponse{DroppedBytes: e.Dropped})
+		}
 		return pieces(e.Data, func(data []byte) error {
 			return stream.Send(&sandboxdv1.StreamLogsResponse{
 				Time: timeToAPI(e.Time), Stream: streams.toAPI(e.Stream), Data: data,

@@ -34,6 +34,25 @@ type Usage struct {
 	// Blocks the writable layer occupies on the host.
 	DiskBytes      uint64
 	DiskLimitBytes uint64
+
+	// MemoryBytes less the file pages that were not used lately.
+	MemoryWorkingSetBytes uint64
+	SwapBytes             uint64
+	// What reached disks; loop devices, whose own disk counts it again, are left out.
+	IOReadBytes, IOWriteBytes, IOReads, IOWrites uint64
+	// Time in which the processor quota kept threads from running.
+	CPUThrottled time.Duration
+	// Processes the kernel killed at the cgroup's memory limit.
+	OOMKills uint64
+	// Nil where the host has no PSI for cgroups.
+	CPUPressure, MemoryPressure, IOPressure *Pressure
+}
+
+// Pressure is the kernel's stall information (PSI) of one resource: some tasks waited for it, or all did.
+type Pressure struct {
+	// Percent of the last ten seconds.
+	SomeAvg10, FullAvg10 float64
+	SomeTotal, FullTotal time.Duration
 }
 
 // Claims are what an agent says of its sandbox: to be shown, never to be relied on.
@@ -44,4 +63,6 @@ type Claims struct {
 	MemoryTotalBytes     uint64 `json:"-"`
 	MemoryAvailableBytes uint64 `json:"-"`
 	MemoryCacheBytes     uint64 `json:"-"`
+	// Processes a guest's kernel killed for want of memory.
+	OOMKills uint64 `json:"-"`
 }

@@ -85,6 +85,25 @@ type Resources struct {
 	Pids uint32 `json:"pids,omitempty"`
 	// Size of the writable layer, in bytes.
 	DiskBytes uint64 `json:"diskBytes,omitempty"`
+	// What follows is zero where nothing was asked for, in a Sandbox too.
+
+	// 1 to 10000, as cgroup v2's cpu.weight; 0 is what goes with CPUMillis.
+	CPUWeight uint32 `json:"cpuWeight,omitempty"`
+	// The kernel's list format: "0-3,8".
+	CPUSet string `json:"cpuset,omitempty"`
+	// Above it the sandbox is slowed down and reclaimed from.
+	MemoryHighBytes uint64 `json:"memoryHighBytes,omitempty"`
+	// Beyond MemoryBytes.
+	SwapBytes uint64 `json:"swapBytes,omitempty"`
+	// Out of memory ends every process, not one.
+	OOMGroup bool `json:"oomGroup,omitempty"`
+	// Of the disk behind the state directory, a second.
+	IOReadBPS   uint64 `json:"ioReadBPS,omitempty"`
+	IOWriteBPS  uint64 `json:"ioWriteBPS,omitempty"`
+	IOReadIOPS  uint32 `json:"ioReadIOPS,omitempty"`
+	IOWriteIOPS uint32 `json:"ioWriteIOPS,omitempty"`
+	// Of output kept on the host's disk. No runtime's business; zero in a Sandbox means nothing.
+	LogBytes uint64 `json:"logBytes,omitempty"`
 }
 
 // MountType is what a Mount shows in the sandbox.

@@ -24,12 +24,12 @@ func (m *Manager) Attach(ctx context.Context, ref string, fromStart bool) (Sessi
 	switch e.rec.Status.State {
 	case StateCreated:
 		s.run++
-	case StateStarting, StateRunning, StateStopping:
+	case StateStarting, StateRunning, StatePaused, StateStopping:
 	default:
 		return nil, e.wrongStateLocked("created or running")
 	}
 	if !fromStart {
-		s.pos, _, _ = log.end()
+		s.at, _ = log.end()
 	}
 	return s, nil
 }
@@ -40,7 +40,7 @@ type attachSession struct {
 	log *outputLog
 	// Which run it is with, and where it is in the log.
 	run int
-	pos int64
+	at  logCursor
 }
 
 func (s *attachSession) PID() int { return 0 }
@@ -51,7 +51,12 @@ func (s *attachSession) over(rec record) bool {
 }
 
 func (s *attachSession) Output(ctx context.Context, fn func(Stream, []byte) error) error {
-	return s.e.followLog(ctx, s.log, s.pos, s.over, func(le LogEntry) error { return fn(le.Stream, le.Data) })
+	return s.e.followLog(ctx, s.log, s.at, s.over, func(le LogEntry) error {
+		if le.Dropped > 0 {
+			return spec.Errorf(spec.KindExhausted, "%d bytes of the output of workload %q are gone: its log keeps the last %d bytes, and this attachment read too slowly or came too late; attach again to go on, or give it more with --log-size", le.Dropped, s.e.name, s.log.bound())
+		}
+		return fn(le.Stream, le.Data)
+	})
 }
 
 // live waits until the session's run has a process to talk to.

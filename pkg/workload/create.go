@@ -40,7 +40,11 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 		return Workload{}, err
 	}
 	o.Name = cmp.Or(o.Name, id[:12])
+	asked := o.Spec.Resources
 	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
+	if err := m.checkLimits(decision.Granted, o.Spec.Resources); err != nil {
+		return Workload{}, err
+	}
 	// Only to learn now, not at the start, what cannot be run.
 	if spec.Joins(o.Spec.Network) {
 		if err := m.cfg.Networks.Check(o.Spec.Network); err != nil {
@@ -55,6 +59,7 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 			ID: id, Name: o.Name, Labels: maps.Clone(o.Labels), Spec: o.Spec, CreatedAt: time.Now().UTC(),
 			Status: Status{State: StateCreated, Isolation: decision.Granted, Decision: decision, ImageDigest: img.Digest},
 		},
+		Asked:  asked,
 		Caller: o.Caller,
 	})
 	if err := m.reserve(e); err != nil {

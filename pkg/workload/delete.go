@@ -45,7 +45,7 @@ func (e *entry) killWalls(ctx context.Context) error {
 		switch rec.Status.State {
 		case StateStarting:
 			e.callOff("removed")
-		case StateRunning, StateStopping:
+		case StateRunning, StatePaused, StateStopping:
 			if r == nil {
 				if err := e.abandon(ctx, rec.Run); err != nil && !errors.Is(err, errMoved) {
 					return err

@@ -33,7 +33,7 @@ type entry struct {
 
 	mu  sync.Mutex // guards what follows
 	rec record
-	// In STARTING (once the walls stand), RUNNING and STOPPING; nil while the sandbox of an earlier daemon cannot be had
+	// In STARTING (once the walls stand), RUNNING, PAUSED and STOPPING; nil while the sandbox of an earlier daemon cannot be had
 	// back, and then unreachable says why.
 	run         *run
 	unreachable error
@@ -56,6 +56,12 @@ type run struct {
 
 	stdinMu sync.Mutex // guards stdin: attached callers take turns
 	stdin   stdin
+
+	stillMu sync.Mutex // held to freeze or thaw; guards what follows
+	// Its process has ended: it is not frozen any more.
+	ended bool
+	// Processes of an earlier daemon's callers are to be ended when it goes on.
+	retain bool
 }
 
 // containerID names the one container of a sandbox to its agent.
@@ -101,6 +107,10 @@ func (e *entry) workloadLocked() Workload {
 		exit := *w.Status.Exit
 		w.Status.Exit = &exit
 	}
+	if w.Status.OOM != nil {
+		oom := *w.Status.OOM
+		w.Status.OOM = &oom
+	}
 	return w
 }
 
@@ -144,7 +154,7 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 	close(e.changed)
 	e.changed = make(chan struct{})
 	if before != s {
-		e.announceLocked()
+		e.announceChangeLocked(before)
 	}
 	return nil
 }
@@ -218,9 +228,19 @@ var stateEvents = map[State]EventType{
 	StateCreated:  EventCreated,
 	StateStarting: EventStarting,
 	StateRunning:  EventStarted,
+	StatePaused:   EventPaused,
 	StateStopping: EventStopping,
 	StateExited:   EventExited,
 	StateFailed:   EventFailed,
+}
+
+// announceChangeLocked announces a state, and that a workload runs again differently from that it runs.
+func (e *entry) announceChangeLocked(before State) {
+	if before == StatePaused && e.rec.Status.State == StateRunning {
+		e.m.events.publish(e.eventLocked(EventResumed))
+		return
+	}
+	e.announceLocked()
 }
 
 func (e *entry) announceLocked() {
@@ -297,7 +317,10 @@ func (e *entry) output() (*outputLog, error) {
 		if err := os.MkdirAll(e.dir(), 0o700); err != nil {
 			return nil, fmt.Errorf("cannot make workload directory: %w", err)
 		}
-		l, err := openOutputLog(filepath.Join(e.dir(), "output.log"))
+		e.mu.Lock()
+		limit := e.rec.Spec.Resources.LogBytes
+		e.mu.Unlock()
+		l, err := openOutputLog(e.dir(), limit)
 		if err != nil {
 			return nil, err
 		}
@@ -338,11 +361,18 @@ func (e *entry) running() (*run, error) {
 		return nil, e.wrongStateLocked("running")
 	}
 	if e.run == nil {
-		return nil, spec.Errorf(spec.KindUnavailable, "workload %q runs, but sandboxd cannot reach its sandbox yet: %w", e.name, e.unreachable)
+		return nil, e.unreachableLocked()
 	}
 	return e.run, nil
 }
 
+func (e *entry) unreachableLocked() error {
+	return spec.Errorf(spec.KindUnavailable, "workload %q runs, but sandboxd cannot reach its sandbox yet: %w", e.name, e.unreachable)
+}
+
 func (e *entry) wrongStateLocked(need string) error {
+	if e.rec.Status.State == StatePaused {
+		return spec.Errorf(spec.KindWrongState, "workload %q is paused, not %s: `sandboxctl resume` lets it go on", e.name, need)
+	}
 	return spec.Errorf(spec.KindWrongState, "workload %q is %s, not %s", e.name, e.rec.Status.State, need)
 }

@@ -22,6 +22,9 @@ const (
 	EventExecStarted  EventType = "exec-started"
 	EventExecExited   EventType = "exec-exited"
 	EventRecovered    EventType = "recovered"
+	EventPaused       EventType = "paused"
+	EventResumed      EventType = "resumed"
+	EventUpdated      EventType = "updated"
 	EventImageAdded   EventType = "image-added"
 	EventImageRemoved EventType = "image-removed"
 )

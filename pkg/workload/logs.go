@@ -20,6 +20,8 @@ type LogEntry struct {
 	Time   time.Time
 	Stream Stream
 	Data   []byte
+	// So many bytes that would come here are gone: the log has a limit. Then there is no Data.
+	Dropped uint64
 }
 
 // Logs calls fn with the output so far, and with Follow goes on until the workload has ended.
@@ -35,13 +37,17 @@ func (m *Manager) Logs(ctx context.Context, ref string, o LogOptions, fn func(Lo
 	if err != nil {
 		return err
 	}
-	pos, skip := int64(0), 0
+	at, skip := logCursor{}, 0
 	if o.Tail >= 0 {
-		if pos, skip, err = log.tail(o.Tail); err != nil {
+		if at, skip, err = log.tail(o.Tail); err != nil {
 			return e.logError(err)
 		}
 	}
 	emit := func(le LogEntry) error {
+		if le.Dropped > 0 {
+			skip = 0
+			return fn(le)
+		}
 		le.Data, skip = le.Data[min(skip, len(le.Data)):], 0
 		if le.Time.Before(o.Since) || len(le.Data) == 0 {
 			return nil
@@ -49,24 +55,24 @@ func (m *Manager) Logs(ctx context.Context, ref string, o LogOptions, fn func(Lo
 		return fn(le)
 	}
 	if !o.Follow {
-		_, err := log.read(ctx, pos, emit)
+		_, err := log.read(ctx, at, emit)
 		return e.logError(err)
 	}
-	return e.followLog(ctx, log, pos, func(rec record) bool {
+	return e.followLog(ctx, log, at, func(rec record) bool {
 		return terminal(rec.Status.State) || rec.Status.State == StateDeleting
 	}, emit)
 }
 
-// followLog calls fn with the records from pos on, those that are still to come included, until over says that no more
+// followLog calls fn with the records from at on, those that are still to come included, until over says that no more
 // will.
-func (e *entry) followLog(ctx context.Context, log *outputLog, pos int64, over func(record) bool, fn func(LogEntry) error) error {
+func (e *entry) followLog(ctx context.Context, log *outputLog, at logCursor, over func(record) bool, fn func(LogEntry) error) error {
 	for {
 		// In this order: what is over before the read has all its output in the log by then.
-		_, _, grown := log.end()
+		_, grown := log.end()
 		rec, _, changed := e.peek()
 		done := over(rec)
 		var err error
-		if pos, err = log.read(ctx, pos, fn); err != nil {
+		if at, err = log.read(ctx, at, fn); err != nil {
 			return e.logError(err)
 		}
 		if done {

@@ -58,12 +58,13 @@ var DefaultResources = spec.Resources{
 	MemoryBytes: 512 << 20,
 	Pids:        512,
 	DiskBytes:   2 << 30,
+	LogBytes:    128 << 20,
 }
 
 // Manager owns every workload of a daemon. Workloads are named by id, by an unambiguous prefix of it of at least four
 // digits, or by name; ref stands for any of these.
 //
-// Lock order: entry.op, Manager.mu, entry.logMu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
+// Lock order: entry.op, run.stillMu, Manager.mu, entry.logMu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
 type Manager struct {
 	cfg    Config
 	dir    string
@@ -111,12 +112,12 @@ func New(cfg Config) (*Manager, error) {
 }
 
 func withDefaults(r, d spec.Resources) spec.Resources {
-	return spec.Resources{
-		CPUMillis:   cmp.Or(r.CPUMillis, d.CPUMillis),
-		MemoryBytes: cmp.Or(r.MemoryBytes, d.MemoryBytes),
-		Pids:        cmp.Or(r.Pids, d.Pids),
-		DiskBytes:   cmp.Or(r.DiskBytes, d.DiskBytes),
-	}
+	r.CPUMillis = cmp.Or(r.CPUMillis, d.CPUMillis)
+	r.MemoryBytes = cmp.Or(r.MemoryBytes, d.MemoryBytes)
+	r.Pids = cmp.Or(r.Pids, d.Pids)
+	r.DiskBytes = cmp.Or(r.DiskBytes, d.DiskBytes)
+	r.LogBytes = cmp.Or(r.LogBytes, d.LogBytes)
+	return r
 }
 
 // Close lets go of every workload without touching it and closes the records. The sandboxes run on.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"os"
 	"sync"
 	"time"
@@ -18,6 +17,9 @@ import (
 // count of output bytes before it. That count is what the agent is asked to go on from after a restart, so a record
 // that is whole is never asked for again, and one that is torn always is.
 //
+// The records lie in segments, files that are named after the position of their first record; positions only grow. Once the
+// segments together are larger than the limit the oldest goes: that is what is lost, and who reads across it is told.
+//
 // A record is a header of logHeaderLen bytes, little endian, and the data:
 //
 //	0  uint32  length of the data
@@ -26,17 +28,22 @@ import (
 //	16 int64   time, nanoseconds since 1970
 //	24 uint8   stream; 7 zero bytes
 type outputLog struct {
-	file *os.File
+	dir string
 
 	mu sync.Mutex // guards what follows
-	// Where the next record goes, and the output bytes before it.
-	size   int64
-	offset uint64
-	// Positions of records at least logIndexStep apart, so that the tail is found without reading everything.
-	index []int64
-	// Closed and replaced whenever size grows, and when the log is closed.
+	// Oldest first; the last one is written to. There is always one.
+	segments []*logSegment
+	// Of all segments together, on the disk; a log of one segment may be larger.
+	limit int64
+	// Closed and replaced whenever the log grows, and when it is closed.
 	changed chan struct{}
 	closed  bool
+}
+
+// logCursor is a place in a log: where a record begins, and how much output is before it. The zero value is the beginning.
+type logCursor struct {
+	pos    int64
+	offset uint64
 }
 
 const (
@@ -47,143 +54,77 @@ const (
 	// logReserve bytes of the file system, or one part in logReserveShare of it if that is less, are not for output.
 	logReserve      = 1 << 30
 	logReserveShare = 20
+	// logSegments is into how many parts a limit is cut: one of them is what is lost at once.
+	logSegments = 8
+	// minLogSegment and maxLogSegment bound them: few files, and little to be read through when a daemon comes back.
+	minLogSegment = 8 << 10
+	maxLogSegment = 16 << 20
 )
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// openOutputLog opens or makes the log. A torn record at the end, as a crash leaves it, is cut off.
-func openOutputLog(path string) (*outputLog, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("cannot open output log: %w", err)
-	}
-	l := &outputLog{file: f, changed: make(chan struct{})}
+// openOutputLog opens or makes the log in a directory. A torn record at its end, as a crash leaves it, is cut off.
+func openOutputLog(dir string, limit uint64) (*outputLog, error) {
+	l := &outputLog{dir: dir, changed: make(chan struct{}), limit: int64(limit)}
 	if err := l.recover(); err != nil {
-		f.Close()
+		l.close()
 		return nil, err
 	}
 	return l, nil
 }
 
+// recover finds the segments and checks that each continues the one before.
 func (l *outputLog) recover() error {
-	st, err := l.file.Stat()
+	names, err := logSegmentNames(l.dir)
 	if err != nil {
-		return fmt.Errorf("cannot read output log: %w", err)
+		return err
 	}
-	headers := &logHeaders{file: l.file, size: st.Size()}
-	for l.size < st.Size() {
-		h, err := headers.at(l.size)
-		if errors.Is(err, io.EOF) {
-			break
-		}
+	next := logCursor{}
+	for i, name := range names {
+		s, err := openLogSegment(l.dir, name, i == len(names)-1)
 		if err != nil {
 			return err
 		}
-		end := l.size + logHeaderLen + int64(h.length)
-		if !h.sane() || h.offset != l.offset || end > st.Size() {
-			break
+		if i > 0 && s.base != next {
+			// What follows a damaged record cannot be placed: it is as if it had never been written.
+			s.file.Close()
+			return removeLogSegments(l.dir, names[i:])
 		}
-		// Only the last record can be torn by a crash, so only it has its data checked.
-		if end == st.Size() {
-			if _, err := l.readRecord(l.size); err != nil {
-				break
-			}
-		}
-		l.indexLocked(l.size)
-		l.size, l.offset = end, l.offset+uint64(h.length)
+		l.segments = append(l.segments, s)
+		next = s.end
 	}
-	if l.size != st.Size() {
-		if err := l.file.Truncate(l.size); err != nil {
-			return fmt.Errorf("cannot cut torn record off output log: %w", err)
-		}
+	if len(l.segments) == 0 {
+		return l.addSegmentLocked(logCursor{})
 	}
 	return nil
 }
 
-// logHeaders reads headers in order, many small records with one read.
-type logHeaders struct {
-	file  *os.File
-	size  int64
-	start int64 // of window
-	// What was read last.
-	window []byte
+// segmentSizeLocked is how large a segment becomes.
+func (l *outputLog) segmentSizeLocked() int64 {
+	return min(max(l.limit/logSegments, minLogSegment), maxLogSegment)
 }
 
-func (r *logHeaders) at(pos int64) (logHeader, error) {
-	if pos < r.start || pos+logHeaderLen > r.start+int64(len(r.window)) {
-		b := make([]byte, min(logIndexStep, r.size-pos))
-		n, err := r.file.ReadAt(b, pos)
-		if err != nil && err != io.EOF {
-			return logHeader{}, fmt.Errorf("cannot read output log: %w", err)
-		}
-		r.start, r.window = pos, b[:n]
-	}
-	return parseLogHeader(r.window[min(pos-r.start, int64(len(r.window))):])
-}
-
-func (l *outputLog) indexLocked(pos int64) {
-	if len(l.index) == 0 || pos-l.index[len(l.index)-1] >= logIndexStep {
-		l.index = append(l.index, pos)
-	}
-}
-
-type logHeader struct {
-	length uint32
-	crc    uint32
-	offset uint64
-	time   int64
-	stream Stream
-}
-
-func (h logHeader) sane() bool {
-	return h.length > 0 && h.length <= maxLogRecord && (h.stream == Stdout || h.stream == Stderr)
-}
-
-// parseLogHeader answers io.EOF where there is no whole header.
-func parseLogHeader(b []byte) (logHeader, error) {
-	if len(b) < logHeaderLen {
-		return logHeader{}, io.EOF
-	}
-	return logHeader{
-		length: binary.LittleEndian.Uint32(b[0:]),
-		crc:    binary.LittleEndian.Uint32(b[4:]),
-		offset: binary.LittleEndian.Uint64(b[8:]),
-		time:   int64(binary.LittleEndian.Uint64(b[16:])),
-		stream: Stream(b[24]),
-	}, nil
-}
-
-var errTornRecord = errors.New("record of output log is damaged")
-
-type logRecord struct {
-	LogEntry
-	next int64
-}
-
-func (l *outputLog) readRecord(pos int64) (logRecord, error) {
-	var header [logHeaderLen]byte
-	n, err := l.file.ReadAt(header[:], pos)
-	if err != nil && err != io.EOF {
-		return logRecord{}, fmt.Errorf("cannot read output log: %w", err)
-	}
-	h, err := parseLogHeader(header[:n])
+func (l *outputLog) addSegmentLocked(at logCursor) error {
+	s, err := newLogSegment(l.dir, at)
 	if err != nil {
-		return logRecord{}, err
+		return err
 	}
-	if !h.sane() {
-		return logRecord{}, errTornRecord
-	}
-	b := make([]byte, logHeaderLen+int(h.length))
-	if _, err := l.file.ReadAt(b, pos); err != nil {
-		return logRecord{}, fmt.Errorf("cannot read output log: %w", err)
-	}
-	if crc32.Checksum(b[8:], castagnoli) != h.crc {
-		return logRecord{}, errTornRecord
-	}
-	return logRecord{
-		LogEntry: LogEntry{Time: time.Unix(0, h.time), Stream: h.stream, Data: b[logHeaderLen:]},
-		next:     pos + int64(len(b)),
-	}, nil
+	l.segments = append(l.segments, s)
+	return nil
+}
+
+func (l *outputLog) lastLocked() *logSegment { return l.segments[len(l.segments)-1] }
+
+// setLimit takes effect with the next output.
+func (l *outputLog) setLimit(limit uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.limit = int64(limit)
+}
+
+// bound is how much the log keeps on the disk.
+func (l *outputLog) bound() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.limit
 }
 
 // errDiskReserved: what is left of the disk is for the daemon's records and everybody else's sandboxes.
@@ -192,7 +133,7 @@ var errDiskReserved = errors.New("the state directory's file system is nearly fu
 // checkReserve keeps a workload's output from taking the last of the disk.
 func (l *outputLog) checkReserve() error {
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(l.file.Fd()), &st); err != nil {
+	if err := unix.Statfs(l.dir, &st); err != nil {
 		return fmt.Errorf("cannot see how full the disk is: %w", err)
 	}
 	if free := st.Bavail * uint64(st.Bsize); free < min(logReserve, st.Blocks*uint64(st.Bsize)/logReserveShare) {
@@ -201,40 +142,70 @@ func (l *outputLog) checkReserve() error {
 	return nil
 }
 
-// append writes one piece of output. After an error the log is as it was before.
+// append writes one piece of output. After an error the log is as it was before, or has the beginning of the piece.
 func (l *outputLog) append(e LogEntry) error {
 	if err := l.checkReserve(); err != nil {
 		return err
 	}
-	for len(e.Data) > maxLogRecord {
-		head := e
-		head.Data, e.Data = e.Data[:maxLogRecord], e.Data[maxLogRecord:]
-		if err := l.append(head); err != nil {
+	for len(e.Data) > 0 {
+		n, err := l.appendSome(e)
+		if err != nil {
 			return err
 		}
+		e.Data = e.Data[n:]
 	}
-	if len(e.Data) == 0 {
-		return nil
-	}
+	return nil
+}
+
+// appendSome writes as much of a piece as one record holds.
+func (l *outputLog) appendSome(e LogEntry) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return os.ErrClosed
+		return 0, os.ErrClosed
 	}
-	b := make([]byte, logHeaderLen, logHeaderLen+len(e.Data))
+	size := l.segmentSizeLocked()
+	e.Data = e.Data[:min(int64(len(e.Data)), maxLogRecord, size-logHeaderLen)]
+	need := int64(logHeaderLen + len(e.Data))
+	if last := l.lastLocked(); last.size > 0 && last.size+need > size {
+		if err := l.addSegmentLocked(last.end); err != nil {
+			return 0, err
+		}
+	}
+	if err := l.dropLocked(need); err != nil {
+		return 0, err
+	}
+	last := l.lastLocked()
+	b := make([]byte, logHeaderLen, need)
 	binary.LittleEndian.PutUint32(b[0:], uint32(len(e.Data)))
-	binary.LittleEndian.PutUint64(b[8:], l.offset)
+	binary.LittleEndian.PutUint64(b[8:], last.end.offset)
 	binary.LittleEndian.PutUint64(b[16:], uint64(e.Time.UnixNano()))
 	b[24] = byte(e.Stream)
 	b = append(b, e.Data...)
 	binary.LittleEndian.PutUint32(b[4:], crc32.Checksum(b[8:], castagnoli))
-	if _, err := l.file.WriteAt(b, l.size); err != nil {
-		return fmt.Errorf("cannot write output log: %w", err)
+	if _, err := last.file.WriteAt(b, last.size); err != nil {
+		return 0, fmt.Errorf("cannot write output log: %w", err)
 	}
-	l.indexLocked(l.size)
-	l.size += int64(len(b))
-	l.offset += uint64(len(e.Data))
+	last.grew(need, len(e.Data))
 	l.wakeLocked()
+	return len(e.Data), nil
+}
+
+// dropLocked removes the oldest segments until there is room for need bytes within the limit; never the last.
+func (l *outputLog) dropLocked(need int64) error {
+	total := need
+	for _, s := range l.segments {
+		total += s.size
+	}
+	for total > l.limit && len(l.segments) > 1 {
+		oldest := l.segments[0]
+		if err := os.Remove(oldest.file.Name()); err != nil {
+			return fmt.Errorf("cannot remove the oldest output: %w", err)
+		}
+		oldest.file.Close() // whoever reads it looks again
+		total -= oldest.size
+		l.segments = l.segments[1:]
+	}
 	return nil
 }
 
@@ -243,72 +214,89 @@ func (l *outputLog) wakeLocked() {
 	l.changed = make(chan struct{})
 }
 
-// end is where the next record goes, how many output bytes come before it, and a channel that is closed when that changes.
-func (l *outputLog) end() (pos int64, offset uint64, changed <-chan struct{}) {
+// end is where the next record goes, and a channel that is closed when that changes.
+func (l *outputLog) end() (end logCursor, changed <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.size, l.offset, l.changed
+	return l.lastLocked().end, l.changed
 }
 
-// read calls fn with every record from pos on and answers where it got to.
-func (l *outputLog) read(ctx context.Context, pos int64, fn func(LogEntry) error) (int64, error) {
-	end, _, _ := l.end()
-	for pos < end {
-		if err := ctx.Err(); err != nil {
-			return pos, err
+// at answers with the segment in which the record at a cursor lies; the oldest if that is gone, nil at the end.
+func (l *outputLog) at(c logCursor) (*logSegment, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil, os.ErrClosed
+	}
+	for _, s := range l.segments {
+		if c.pos < s.end.pos {
+			return s, nil
 		}
-		r, err := l.readRecord(pos)
+	}
+	return nil, nil
+}
+
+// read calls fn with every record from a cursor on and answers where it got to. Where records are gone fn is told how much.
+func (l *outputLog) read(ctx context.Context, c logCursor, fn func(LogEntry) error) (logCursor, error) {
+	end, _ := l.end()
+	for c.pos < end.pos {
+		if err := ctx.Err(); err != nil {
+			return c, err
+		}
+		s, err := l.at(c)
+		if err != nil || s == nil {
+			return c, err
+		}
+		if c.pos < s.base.pos {
+			lost := s.base.offset - c.offset
+			c = s.base
+			if err := fn(LogEntry{Time: time.Now(), Dropped: lost}); err != nil {
+				return c, err
+			}
+			continue
+		}
+		r, err := s.record(c.pos)
+		if errors.Is(err, os.ErrClosed) {
+			continue // dropped meanwhile, or the log was closed: at tells
+		}
 		if err != nil {
-			return pos, err
+			return c, err
 		}
 		if err := fn(r.LogEntry); err != nil {
-			return pos, err
+			return c, err
 		}
-		pos = r.next
+		c = r.next
 	}
-	return pos, nil
+	return c, nil
 }
 
-// tail answers where the last n lines begin: a record's position, and how many bytes of its data come before them.
-// Lines of both streams count together, in the order they were read.
-func (l *outputLog) tail(n int) (pos int64, skip int, err error) {
+// tail answers where the last n lines begin: at a record, and how many bytes of its data come before them. Lines of both
+// streams count together, in the order they were read. If there are fewer it is the beginning, gone or not.
+func (l *outputLog) tail(n int) (c logCursor, skip int, err error) {
 	l.mu.Lock()
-	end, index := l.size, l.index
+	end := l.lastLocked().end
+	segments := make([]tailPart, len(l.segments))
+	for i, s := range l.segments {
+		segments[i] = tailPart{s, s.end.pos, s.index}
+	}
 	l.mu.Unlock()
 	if n == 0 {
 		return end, 0, nil
 	}
-	lines, last := 0, true
-	for i := len(index) - 1; i >= 0; i-- {
-		var records []int64
-		var data [][]byte
-		for p := index[i]; p < end; {
-			r, err := l.readRecord(p)
-			if err != nil {
-				return 0, 0, err
-			}
-			records, data = append(records, p), append(data, r.Data)
-			p = r.next
+	count := lineCount{want: n, last: true}
+	for i := len(segments) - 1; i >= 0; i-- {
+		found, skip, err := segments[i].tail(&count)
+		if errors.Is(err, os.ErrClosed) {
+			break // dropped meanwhile, with everything before it
 		}
-		for j := len(records) - 1; j >= 0; j-- {
-			for k := len(data[j]) - 1; k >= 0; k-- {
-				if data[j][k] != '\n' {
-					last = false
-					continue
-				}
-				// The newline that ends the very last line begins no further one.
-				if last {
-					last = false
-					continue
-				}
-				if lines++; lines == n {
-					return records[j], k + 1, nil
-				}
-			}
+		if err != nil {
+			return logCursor{}, 0, err
 		}
-		end = index[i]
+		if found != nil {
+			return *found, skip, nil
+		}
 	}
-	return 0, 0, nil
+	return logCursor{}, 0, nil
 }
 
 func (l *outputLog) close() {
@@ -319,5 +307,7 @@ func (l *outputLog) close() {
 	}
 	l.closed = true
 	l.wakeLocked()
-	l.file.Close()
+	for _, s := range l.segments {
+		s.file.Close()
+	}
 }

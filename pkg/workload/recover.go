@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -101,7 +102,7 @@ func (e *entry) recover(ctx context.Context) error {
 	switch rec.Status.State {
 	case StateDeleting:
 		return e.remove()
-	case StateStarting, StateRunning, StateStopping:
+	case StateStarting, StateRunning, StatePaused, StateStopping:
 	default:
 		return e.takeDown(ctx)
 	}
@@ -167,7 +168,7 @@ func (e *entry) abandon(ctx context.Context, n int) error {
 	}
 	defer e.unlock()
 	rec, r, _ := e.peek()
-	if rec.Run != n || r != nil || rec.Status.State != StateRunning && rec.Status.State != StateStopping {
+	if rec.Run != n || r != nil || !slices.Contains([]State{StateRunning, StatePaused, StateStopping}, rec.Status.State) {
 		return errMoved
 	}
 	return e.recoverGone(ctx, rec)
@@ -177,6 +178,10 @@ func (e *entry) abandon(ctx context.Context, n int) error {
 func (e *entry) adopt(ctx context.Context, rec record, inst runtime.Instance) error {
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	r.proc = r.client.Process(runProcess(rec.Run))
+	if err := e.still(ctx, r, rec.Status.State); err != nil {
+		r.client.Close()
+		return err
+	}
 	switch rec.Status.State {
 	case StateStarting:
 		began, err := e.began(ctx, r)
@@ -206,7 +211,10 @@ func (e *entry) adopt(ctx context.Context, rec record, inst runtime.Instance) er
 	}
 	e.setRun(r)
 	e.announce(EventRecovered, nil)
-	e.endOldSessions(ctx, r)
+	e.reapply(ctx, rec, r)
+	if rec.Status.State != StatePaused { // then when it goes on
+		e.endOldSessions(ctx, r)
+	}
 	e.m.owned.Go(func() { e.supervise(r) })
 	return nil
 }

@@ -86,12 +86,12 @@ func (e *entry) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, written, _ := log.end()
 	end()
+	logEnd, _ := log.end()
 	if err := e.setState(StateStarting, func(r *record) {
 		r.Run++
-		r.LogBase = written
-		r.Status.Exit, r.Status.Message = nil, ""
+		r.LogBase = logEnd.offset
+		r.Status.Exit, r.Status.Message, r.Status.OOM = nil, "", nil
 	}); err != nil {
 		return err
 	}

@@ -49,6 +49,12 @@ func (e *entry) stop(ctx context.Context, grace time.Duration) error {
 				continue
 			}
 			return err
+		case StatePaused:
+			// Its stop signal is for it to act upon.
+			if err := e.endPause(ctx, rec, r); err != nil {
+				return err
+			}
+			continue
 		case StateStarting:
 			e.callOff("stopped")
 		case StateDeleting:
@@ -64,6 +70,17 @@ func (e *entry) stop(ctx context.Context, grace time.Duration) error {
 			return errClosing
 		}
 	}
+}
+
+// endPause lets a paused run go on to its end, or takes it down if it cannot be reached.
+func (e *entry) endPause(ctx context.Context, rec record, r *run) error {
+	if r != nil {
+		return e.resume(r)
+	}
+	if err := e.abandon(ctx, rec.Run); err != nil && !errors.Is(err, errMoved) {
+		return err
+	}
+	return nil
 }
 
 // stopRun ends one run: by the stop signal, by SIGKILL to everything in it, by taking its walls away. It never touches a
@@ -155,6 +172,12 @@ func (m *Manager) Kill(ctx context.Context, ref, signal string) error {
 		}
 	}
 	rec, r, _ := e.peek()
+	if rec.Status.State == StatePaused && sig == int(syscall.SIGKILL) && r != nil {
+		// The agent delivers signals, and stands still as well. What is to be killed may go on for that long.
+		if err := e.resume(r); err != nil {
+			return err
+		}
+	}
 	if rec.Status.State != StateStopping || r == nil {
 		if r, err = e.running(); err != nil {
 			return err

@@ -21,6 +21,8 @@ type record struct {
 	Run int `json:"run"`
 	// Output bytes in the log when the current run began: the agent counts from there.
 	LogBase uint64 `json:"logBase,omitempty"`
+	// Resources as asked for, zero where nothing was: what they default to is in Spec.
+	Asked spec.Resources `json:"asked"`
 	// Who created it.
 	Caller spec.Caller `json:"caller"`
 	// The configuration the agent was given, to be stored with the record but not read with it: it is large, and written once

@@ -40,6 +40,7 @@ func (e *entry) supervise(r *run) {
 	exit, err := r.proc.Wait(e.m.ctx)
 	end()
 	if err == nil {
+		e.endStill(r)
 		end := phase.Begin(e.id, "last output")
 		err = e.drain(r, pumped)
 		end()
@@ -105,8 +106,8 @@ func (e *entry) pumpOnce(ctx context.Context, r *run) error {
 	}
 	rec, _, _ := e.peek()
 	for {
-		_, written, _ := log.end()
-		chunks, eof, err := r.proc.ReadOutput(ctx, written-rec.LogBase)
+		end, _ := log.end()
+		chunks, eof, err := r.proc.ReadOutput(ctx, end.offset-rec.LogBase)
 		if err != nil {
 			return err
 		}
@@ -145,6 +146,12 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		return
 	}
 	var doubts []string
+	var oom *OOM
+	if exit == nil || exit.Code != 0 { // one that did what it was to do lacked nothing
+		if oom = e.oom(r); oom != nil {
+			doubts = append(doubts, oom.String())
+		}
+	}
 	recorded := func() error { return nil }
 	if exit != nil {
 		if cause != nil {
@@ -166,8 +173,9 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 	e.release()
 	if exit == nil {
 		e.mustState(StateFailed, func(rec *record) {
-			rec.Status.Message = "the sandbox ended before its process was seen to end: " + why(r, cause)
+			rec.Status.Message = strings.Join(append([]string{"the sandbox ended before its process was seen to end: " + why(r, cause)}, doubts...), "; ")
 			rec.Status.HostPID = 0
+			rec.Status.OOM = oom
 		})
 		return
 	}
@@ -176,6 +184,7 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		rec.Status.Exit = exit
 		rec.Status.Message = strings.Join(append([]string{exitMessage(*exit)}, doubts...), "; ")
 		rec.Status.HostPID = 0
+		rec.Status.OOM = oom
 	})
 }
 

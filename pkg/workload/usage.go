@@ -24,15 +24,20 @@ func (m *Manager) Usage(ctx context.Context, ref string) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	r, err := e.running()
-	if err != nil {
-		return Usage{}, err
+	rec, r, _ := e.peek()
+	if rec.Status.State != StatePaused || r == nil {
+		if r, err = e.running(); err != nil {
+			return Usage{}, err
+		}
 	}
 	host, err := r.inst.Usage()
 	if err != nil {
 		return Usage{}, err
 	}
 	u := Usage{Workload: e.workload(), Host: host}
+	if rec.Status.State == StatePaused {
+		return u, nil // its agent stands still, too
+	}
 	limited, cancel := context.WithTimeout(ctx, claimsLimit)
 	defer cancel()
 	if u.Claims, err = r.client.Stats(limited); err != nil {

@@ -14,6 +14,9 @@ import (
 //	          ┌────────────── Start ──────────────┐
 //	          ▼                                   │
 //	CREATED ─▶ STARTING ─▶ RUNNING ─▶ STOPPING ─▶ EXITED
+//	              │         │ ▲ │         │
+//	              │   Pause ▼ │ │ Resume  │
+//	              │        PAUSED         │
 //	              │           │           │
 //	              └───────────┴───────────┴─────▶ FAILED ─ Start ─▶ STARTING
 //	any ─ Delete ─▶ DELETING ─▶ (no record)
@@ -25,6 +28,7 @@ const (
 	StateCreated  State = "created"
 	StateStarting State = "starting"
 	StateRunning  State = "running"
+	StatePaused   State = "paused"
 	StateStopping State = "stopping"
 	StateExited   State = "exited"
 	StateFailed   State = "failed"
@@ -60,4 +64,6 @@ type Status struct {
 	HostPID     int         `json:"hostPID,omitempty"`
 	// What the sandbox is joined to, while it is there.
 	Networks []spec.Network `json:"networks,omitempty"`
+	// Of the last run; nil unless memory ran out.
+	OOM *OOM `json:"oom,omitempty"`
 }

@@ -26,8 +26,12 @@ func workloadCgroup(config *specs.Spec) (*os.File, error) {
 		return nil, err
 	}
 	defer root.Close()
-	if err := writeCgroup(root, "cgroup.subtree_control", "+pids"); err != nil {
-		return nil, fmt.Errorf("cannot limit processes, does the guest's kernel lack the pids controller? %w", err)
+	controllers := "+pids"
+	if oomGroup(config) {
+		controllers += " +memory"
+	}
+	if err := writeCgroup(root, "cgroup.subtree_control", controllers); err != nil {
+		return nil, fmt.Errorf("cannot limit processes, does the guest's kernel lack the controllers %s? %w", controllers, err)
 	}
 	const name = "workload"
 	if err := unix.Mkdirat(int(root.Fd()), name, 0o755); err != nil {
@@ -41,7 +45,19 @@ func workloadCgroup(config *specs.Spec) (*os.File, error) {
 	if err := writeCgroup(dir, "pids.max", strconv.FormatInt(limit+stageThreads, 10)); err != nil {
 		return nil, errors.Join(err, dir.Close())
 	}
+	if oomGroup(config) {
+		if err := writeCgroup(dir, oomGroupFile, "1"); err != nil {
+			return nil, errors.Join(err, dir.Close())
+		}
+	}
 	return dir, nil
+}
+
+// oomGroupFile says that all of a group's processes are killed when the kernel chooses one of them for want of memory.
+const oomGroupFile = "memory.oom.group"
+
+func oomGroup(config *specs.Spec) bool {
+	return config.Linux != nil && config.Linux.Resources != nil && config.Linux.Resources.Unified[oomGroupFile] == "1"
 }
 
 func pidsLimit(config *specs.Spec) int64 {

@@ -127,3 +127,5 @@ func (w *plainWall) signalAll(sig syscall.Signal) error {
 func (w *plainWall) gone() bool { return w.children.running() == 0 }
 
 func (*plainWall) sync() {}
+
+func (*plainWall) oomKills(*os.File) (uint64, error) { return 0, nil }

@@ -41,6 +41,9 @@ func (s *Service) Stats(context.Context, *agentv1.StatsRequest) (*agentv1.StatsR
 		return nil, internal("%v", err)
 	}
 	out.Pids = pids
+	if out.OomKills, err = s.wall.oomKills(c.root.proc); err != nil {
+		return nil, internal("%v", err)
+	}
 	return out, nil
 }
 

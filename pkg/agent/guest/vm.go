@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -179,3 +181,17 @@ func (w *vmWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 }
 
 func (*vmWall) sync() { unix.Sync() }
+
+// oomKills implements wall.
+func (*vmWall) oomKills(proc *os.File) (uint64, error) {
+	vmstat, err := readProc(proc, "vmstat")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(vmstat)) {
+		if value, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strconv.ParseUint(strings.TrimSpace(value), 10, 64)
+		}
+	}
+	return 0, errors.New("cannot count kills for want of memory: /proc/vmstat has no oom_kill")
+}

@@ -30,6 +30,9 @@ type wall interface {
 	// sync writes back what the sandbox's own kernel still holds. Where the kernel is the host's, sync(2) would be everybody's
 	// business, and unmounting the layer does it.
 	sync()
+	// oomKills is how many processes the sandbox's own kernel has killed for want of memory; 0 where the kernel is the host's.
+	// proc is a procfs of that kernel.
+	oomKills(proc *os.File) (uint64, error)
 	// gone reports whether no process but the agent is left.
 	gone() bool
 }

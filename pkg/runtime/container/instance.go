@@ -24,7 +24,9 @@ import (
 // instance is a running sandbox. Its watch goroutine belongs to it: it ends with the agent's process, or when forget
 // closes the pidfd.
 type instance struct {
-	r       *Runtime
+	r  *Runtime
+	mu sync.Mutex // guards rec.PidsLimit; the rest of rec is fixed
+
 	rec     record
 	group   *cgroup.Group
 	pidfd   *os.File
@@ -156,9 +158,6 @@ func (i *instance) Done() <-chan struct{} { return i.done }
 
 // Usage counts the agent in, but not in the limits: those are the workload's.
 func (i *instance) Usage() (spec.Usage, error) {
-	if !i.running() {
-		return spec.Usage{}, runtime.ErrNotRunning
-	}
 	u, err := i.group.Usage()
 	if err != nil {
 		if i.over(context.Background()) {
@@ -166,7 +165,9 @@ func (i *instance) Usage() (spec.Usage, error) {
 		}
 		return spec.Usage{}, err
 	}
+	i.mu.Lock()
 	u.PidsLimit = uint64(i.rec.PidsLimit)
+	i.mu.Unlock()
 	u.DiskBytes, u.DiskLimitBytes, err = disk.Usage(disk.LayerPath(i.r.config.StateDir, i.rec.ID))
 	if err != nil {
 		return spec.Usage{}, err

@@ -220,13 +220,8 @@ func (st *start) allocateIDs(context.Context) (err error) {
 }
 
 func (st *start) makeGroup(context.Context) (err error) {
-	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, groupLimits(st.s.Resources))
+	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, st.r.limits(st.s.Resources))
 	return err
-}
-
-// groupLimits are what a sandbox's cgroup gets.
-func groupLimits(r spec.Resources) cgroup.Limits {
-	return cgroup.Limits{CPUMillis: r.CPUMillis, MemoryBytes: r.MemoryBytes, Pids: r.Pids + agentPids, Devices: devices}
 }
 
 func (st *start) makeSocket(context.Context) (err error) {

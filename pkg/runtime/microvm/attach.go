@@ -56,7 +56,7 @@ func (r *Runtime) reopen(rec record) (_ *instance, err error) {
 	if err != nil {
 		return nil, err
 	}
-	i := &instance{rec: rec, dir: r.dir(rec.ID), group: group, logger: r.cfg.Logger}
+	i := &instance{r: r, rec: rec, dir: r.dir(rec.ID), group: group, logger: r.cfg.Logger}
 	if rec.HasDisks {
 		i.layer = disk.LayerPath(r.cfg.StateDir, rec.ID)
 	}

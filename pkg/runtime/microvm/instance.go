@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"sync"
@@ -27,6 +28,7 @@ const endGrace = time.Second
 //	watched ──────────────────▶ ending ─────────────────────────▶ killed ────────────────▶ done
 //	   └── abandon: the daemon leaves, the VM runs on
 type instance struct {
+	r         *Runtime
 	rec       record
 	dir       string
 	group     *cgroup.Group
@@ -181,6 +183,9 @@ func (i *instance) Done() <-chan struct{} { return i.done }
 // Usage implements runtime.Instance.
 func (i *instance) Usage() (spec.Usage, error) {
 	usage, err := i.group.Usage()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = runtime.ErrNotRunning // released
+	}
 	if err != nil || i.layer == "" {
 		return usage, err
 	}

@@ -169,12 +169,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 	if b.uid, err = b.r.cfg.IDs.Allocate(b.sandbox.ID); err != nil {
 		return nil, err
 	}
-	b.group, err = cgroup.New(b.r.cfg.CgroupParent, b.sandbox.ID, cgroup.Limits{
-		CPUMillis:   b.sandbox.Resources.CPUMillis,
-		MemoryBytes: b.sandbox.Resources.MemoryBytes + vmmOverhead[b.accel],
-		Pids:        maxVMMPids,
-		Devices:     vmmDevices,
-	})
+	b.group, err = cgroup.New(b.r.cfg.CgroupParent, b.sandbox.ID, b.r.limits(b.sandbox.Resources, b.accel))
 	if err != nil {
 		return nil, err
 	}
@@ -253,7 +248,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 		}
 		b.files = append(b.files, b.card.tap)
 	}
-	i := &instance{rec: b.rec, netns: b.card.netns, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer, voices: b.voices}
+	i := &instance{r: b.r, rec: b.rec, netns: b.card.netns, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer, voices: b.voices}
 	defer func() {
 		if err != nil {
 			i.dropNetNS()
@@ -349,7 +344,7 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	}
 	a := vmArgs{
 		ID: b.sandbox.ID, Accelerator: b.accel,
-		CPUs:        min(max((b.sandbox.Resources.CPUMillis+999)/1000, 1), maxCPUs),
+		CPUs:        vcpus(b.sandbox.Resources.CPUMillis),
 		MemoryBytes: b.sandbox.Resources.MemoryBytes &^ (1<<12 - 1),
 		Firmware:    firmware(path),
 		Kernel:      kernelPath, Initrd: initrdPath,

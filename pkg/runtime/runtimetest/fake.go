@@ -116,7 +116,7 @@ func (h *fakeHost) start(s spec.Sandbox) (runtime.Instance, error) {
 		return nil, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	i := &fakeInstance{spec: s, listener: newPairListener(), kill: cancel, done: make(chan struct{})}
+	i := &fakeInstance{spec: s, listener: newPairListener(), kill: cancel, done: make(chan struct{}), gate: newGate()}
 	go func() { // ends with Kill, which powerOff calls and waits for
 		defer close(i.done)
 		defer cancel()
@@ -188,13 +188,19 @@ func (f *Fake) List(context.Context) ([]string, error) {
 
 // fakeInstance is a sandbox without walls.
 type fakeInstance struct {
+	mu       sync.Mutex // guards spec.Resources
 	spec     spec.Sandbox
 	listener *pairListener
 	kill     context.CancelFunc
 	done     chan struct{}
+	gate     *gate
 }
 
-var _ runtime.Instance = (*fakeInstance)(nil)
+var (
+	_ runtime.Instance = (*fakeInstance)(nil)
+	_ runtime.Updater  = (*fakeInstance)(nil)
+	_ runtime.Pauser   = (*fakeInstance)(nil)
+)
 
 func (i *fakeInstance) ended() bool {
 	select {
@@ -213,7 +219,10 @@ func (i *fakeInstance) Dial(ctx context.Context) (net.Conn, error) {
 	if err != nil && ctx.Err() == nil {
 		return nil, runtime.ErrNotRunning // it ended meanwhile
 	}
-	return conn, err
+	if err != nil {
+		return nil, err
+	}
+	return &gatedConn{Conn: conn, gate: i.gate, closed: make(chan struct{})}, nil
 }
 
 func (i *fakeInstance) Kill() error {
@@ -225,8 +234,39 @@ func (i *fakeInstance) Done() <-chan struct{} { return i.done }
 
 // Usage knows the limits; nothing is counted.
 func (i *fakeInstance) Usage() (spec.Usage, error) {
+	i.mu.Lock()
 	r := i.spec.Resources
+	i.mu.Unlock()
 	return spec.Usage{Time: time.Now(), MemoryLimitBytes: r.MemoryBytes, PidsLimit: uint64(r.Pids), DiskLimitBytes: r.DiskBytes}, nil
+}
+
+// CheckUpdate implements runtime.Updater: like a VM it keeps the memory it was started with.
+func (i *fakeInstance) CheckUpdate(now, to spec.Resources) error {
+	if now.MemoryBytes != to.MemoryBytes {
+		return spec.Errorf(spec.KindWrongState, "a fake keeps its memory")
+	}
+	return nil
+}
+
+// Update implements runtime.Updater. Usage knows the new limits.
+func (i *fakeInstance) Update(_ context.Context, to spec.Resources) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.spec.Resources = to
+	return nil
+}
+
+// Pause implements runtime.Pauser: nothing comes from the agent, and nothing gets there. Its processes go on, for they are
+// the test's own.
+func (i *fakeInstance) Pause(context.Context) error {
+	i.gate.shut()
+	return nil
+}
+
+// Resume implements runtime.Pauser.
+func (i *fakeInstance) Resume() error {
+	i.gate.open()
+	return nil
 }
 
 func (i *fakeInstance) Facts() runtime.Facts {

@@ -98,19 +98,22 @@ const (
 	WorkloadState_WORKLOAD_STATE_FAILED WorkloadState = 6
 	// It is being removed.
 	WorkloadState_WORKLOAD_STATE_DELETING WorkloadState = 7
+	// Its processes stand still and keep what they have. Time goes on for them behind either wall.
+	WorkloadState_WORKLOAD_STATE_PAUSED WorkloadState = 240
 )
 
 // Enum value maps for WorkloadState.
 var (
 	WorkloadState_name = map[int32]string{
-		0: "WORKLOAD_STATE_UNSPECIFIED",
-		1: "WORKLOAD_STATE_CREATED",
-		2: "WORKLOAD_STATE_STARTING",
-		3: "WORKLOAD_STATE_RUNNING",
-		4: "WORKLOAD_STATE_STOPPING",
-		5: "WORKLOAD_STATE_EXITED",
-		6: "WORKLOAD_STATE_FAILED",
-		7: "WORKLOAD_STATE_DELETING",
+		0:   "WORKLOAD_STATE_UNSPECIFIED",
+		1:   "WORKLOAD_STATE_CREATED",
+		2:   "WORKLOAD_STATE_STARTING",
+		3:   "WORKLOAD_STATE_RUNNING",
+		4:   "WORKLOAD_STATE_STOPPING",
+		5:   "WORKLOAD_STATE_EXITED",
+		6:   "WORKLOAD_STATE_FAILED",
+		7:   "WORKLOAD_STATE_DELETING",
+		240: "WORKLOAD_STATE_PAUSED",
 	}
 	WorkloadState_value = map[string]int32{
 		"WORKLOAD_STATE_UNSPECIFIED": 0,
@@ -121,6 +124,7 @@ var (
 		"WORKLOAD_STATE_EXITED":      5,
 		"WORKLOAD_STATE_FAILED":      6,
 		"WORKLOAD_STATE_DELETING":    7,
+		"WORKLOAD_STATE_PAUSED":      240,
 	}
 )
 
@@ -201,6 +205,61 @@ func (Mount_Type) EnumDescriptor() ([]byte, []int) {
 	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{7, 0}
 }
 
+type OOM_Where int32
+
+const (
+	OOM_WHERE_UNSPECIFIED OOM_Where = 0
+	// The container reached its limit: the host's kernel says so.
+	OOM_WHERE_CONTAINER OOM_Where = 1
+	// The guest's kernel ran out of the VM's memory. The guest's agent says so: a claim.
+	OOM_WHERE_GUEST OOM_Where = 2
+	// QEMU and guest together reached the limit of the VM's cgroup: the host's kernel says so.
+	OOM_WHERE_VMM OOM_Where = 3
+)
+
+// Enum value maps for OOM_Where.
+var (
+	OOM_Where_name = map[int32]string{
+		0: "WHERE_UNSPECIFIED",
+		1: "WHERE_CONTAINER",
+		2: "WHERE_GUEST",
+		3: "WHERE_VMM",
+	}
+	OOM_Where_value = map[string]int32{
+		"WHERE_UNSPECIFIED": 0,
+		"WHERE_CONTAINER":   1,
+		"WHERE_GUEST":       2,
+		"WHERE_VMM":         3,
+	}
+)
+
+func (x OOM_Where) Enum() *OOM_Where {
+	p := new(OOM_Where)
+	*p = x
+	return p
+}
+
+func (x OOM_Where) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (OOM_Where) Descriptor() protoreflect.EnumDescriptor {
+	return file_sandboxd_v1_workload_proto_enumTypes[3].Descriptor()
+}
+
+func (OOM_Where) Type() protoreflect.EnumType {
+	return &file_sandboxd_v1_workload_proto_enumTypes[3]
+}
+
+func (x OOM_Where) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use OOM_Where.Descriptor instead.
+func (OOM_Where) EnumDescriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10, 0}
+}
+
 type Event_Type int32
 
 const (
@@ -217,24 +276,31 @@ const (
 	Event_TYPE_IMAGE_ADDED   Event_Type = 10
 	Event_TYPE_IMAGE_REMOVED Event_Type = 11
 	Event_TYPE_STOPPING      Event_Type = 12
+	Event_TYPE_PAUSED        Event_Type = 240
+	Event_TYPE_RESUMED       Event_Type = 241
+	// Its limits were changed.
+	Event_TYPE_UPDATED Event_Type = 242
 )
 
 // Enum value maps for Event_Type.
 var (
 	Event_Type_name = map[int32]string{
-		0:  "TYPE_UNSPECIFIED",
-		1:  "TYPE_CREATED",
-		2:  "TYPE_STARTING",
-		3:  "TYPE_STARTED",
-		4:  "TYPE_EXITED",
-		5:  "TYPE_FAILED",
-		6:  "TYPE_DELETED",
-		7:  "TYPE_EXEC_STARTED",
-		8:  "TYPE_EXEC_EXITED",
-		9:  "TYPE_RECOVERED",
-		10: "TYPE_IMAGE_ADDED",
-		11: "TYPE_IMAGE_REMOVED",
-		12: "TYPE_STOPPING",
+		0:   "TYPE_UNSPECIFIED",
+		1:   "TYPE_CREATED",
+		2:   "TYPE_STARTING",
+		3:   "TYPE_STARTED",
+		4:   "TYPE_EXITED",
+		5:   "TYPE_FAILED",
+		6:   "TYPE_DELETED",
+		7:   "TYPE_EXEC_STARTED",
+		8:   "TYPE_EXEC_EXITED",
+		9:   "TYPE_RECOVERED",
+		10:  "TYPE_IMAGE_ADDED",
+		11:  "TYPE_IMAGE_REMOVED",
+		12:  "TYPE_STOPPING",
+		240: "TYPE_PAUSED",
+		241: "TYPE_RESUMED",
+		242: "TYPE_UPDATED",
 	}
 	Event_Type_value = map[string]int32{
 		"TYPE_UNSPECIFIED":   0,
@@ -250,6 +316,9 @@ var (
 		"TYPE_IMAGE_ADDED":   10,
 		"TYPE_IMAGE_REMOVED": 11,
 		"TYPE_STOPPING":      12,
+		"TYPE_PAUSED":        240,
+		"TYPE_RESUMED":       241,
+		"TYPE_UPDATED":       242,
 	}
 )
 
@@ -264,11 +333,11 @@ func (x Event_Type) String() string {
 }
 
 func (Event_Type) Descriptor() protoreflect.EnumDescriptor {
-	return file_sandboxd_v1_workload_proto_enumTypes[3].Descriptor()
+	return file_sandboxd_v1_workload_proto_enumTypes[4].Descriptor()
 }
 
 func (Event_Type) Type() protoreflect.EnumType {
-	return &file_sandboxd_v1_workload_proto_enumTypes[3]
+	return &file_sandboxd_v1_workload_proto_enumTypes[4]
 }
 
 func (x Event_Type) Number() protoreflect.EnumNumber {
@@ -277,7 +346,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{12, 0}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // Workload is what a caller asked for, under its name, and how it fares.
@@ -799,7 +868,27 @@ type Resources struct {
 	// Processes and threads at once.
 	Pids uint32 `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
 	// Size of the writable layer over the image.
-	DiskBytes     uint64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	DiskBytes uint64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Its part of the processors when they are short, against the weights of others: cgroup v2's cpu.weight. By default it
+	// grows with cpu_millis; 39 for one processor.
+	CpuWeight uint32 `protobuf:"varint,240,opt,name=cpu_weight,json=cpuWeight,proto3" json:"cpu_weight,omitempty"`
+	// The only processors of the host it may run on: "0-3,8". All when empty. Of a vm: QEMU.
+	CpusetCpus string `protobuf:"bytes,241,opt,name=cpuset_cpus,json=cpusetCpus,proto3" json:"cpuset_cpus,omitempty"`
+	// Above it the sandbox is slowed down and its memory reclaimed, and nothing is killed: cgroup v2's memory.high, 0 for
+	// none. Hosts with cgroup v1 have nothing like it and refuse it.
+	MemoryHighBytes uint64 `protobuf:"varint,242,opt,name=memory_high_bytes,json=memoryHighBytes,proto3" json:"memory_high_bytes,omitempty"`
+	// Swap beyond its memory; 0 for none.
+	SwapBytes uint64 `protobuf:"varint,243,opt,name=swap_bytes,json=swapBytes,proto3" json:"swap_bytes,omitempty"`
+	// When memory runs out all of its processes are killed, not one. Hosts with cgroup v1 refuse it for containers.
+	OomGroup bool `protobuf:"varint,244,opt,name=oom_group,json=oomGroup,proto3" json:"oom_group,omitempty"`
+	// Of the disk that holds image and writable layer, bytes and operations a second; 0 for no limit. What the host's memory
+	// answers does not count. Hosts with cgroup v1 can't limit writes, and refuse that.
+	IoReadBps   uint64 `protobuf:"varint,245,opt,name=io_read_bps,json=ioReadBps,proto3" json:"io_read_bps,omitempty"`
+	IoWriteBps  uint64 `protobuf:"varint,246,opt,name=io_write_bps,json=ioWriteBps,proto3" json:"io_write_bps,omitempty"`
+	IoReadIops  uint32 `protobuf:"varint,247,opt,name=io_read_iops,json=ioReadIops,proto3" json:"io_read_iops,omitempty"`
+	IoWriteIops uint32 `protobuf:"varint,248,opt,name=io_write_iops,json=ioWriteIops,proto3" json:"io_write_iops,omitempty"`
+	// Of its output the daemon keeps the last so many bytes on the disk; what is dropped before them is said by StreamLogs.
+	LogBytes      uint64 `protobuf:"varint,249,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -858,6 +947,76 @@ func (x *Resources) GetPids() uint32 {
 func (x *Resources) GetDiskBytes() uint64 {
 	if x != nil {
 		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *Resources) GetCpuWeight() uint32 {
+	if x != nil {
+		return x.CpuWeight
+	}
+	return 0
+}
+
+func (x *Resources) GetCpusetCpus() string {
+	if x != nil {
+		return x.CpusetCpus
+	}
+	return ""
+}
+
+func (x *Resources) GetMemoryHighBytes() uint64 {
+	if x != nil {
+		return x.MemoryHighBytes
+	}
+	return 0
+}
+
+func (x *Resources) GetSwapBytes() uint64 {
+	if x != nil {
+		return x.SwapBytes
+	}
+	return 0
+}
+
+func (x *Resources) GetOomGroup() bool {
+	if x != nil {
+		return x.OomGroup
+	}
+	return false
+}
+
+func (x *Resources) GetIoReadBps() uint64 {
+	if x != nil {
+		return x.IoReadBps
+	}
+	return 0
+}
+
+func (x *Resources) GetIoWriteBps() uint64 {
+	if x != nil {
+		return x.IoWriteBps
+	}
+	return 0
+}
+
+func (x *Resources) GetIoReadIops() uint32 {
+	if x != nil {
+		return x.IoReadIops
+	}
+	return 0
+}
+
+func (x *Resources) GetIoWriteIops() uint32 {
+	if x != nil {
+		return x.IoWriteIops
+	}
+	return 0
+}
+
+func (x *Resources) GetLogBytes() uint64 {
+	if x != nil {
+		return x.LogBytes
 	}
 	return 0
 }
@@ -976,7 +1135,10 @@ type WorkloadStatus struct {
 	// Of the sandbox's first host process (the agent or QEMU); 0 when there is none.
 	HostPid int32 `protobuf:"varint,14,opt,name=host_pid,json=hostPid,proto3" json:"host_pid,omitempty"`
 	// What the sandbox is joined to while it is there; empty with network none.
-	Networks      []*NetworkStatus `protobuf:"bytes,220,rep,name=networks,proto3" json:"networks,omitempty"`
+	Networks []*NetworkStatus `protobuf:"bytes,220,rep,name=networks,proto3" json:"networks,omitempty"`
+	// In the last run the kernel killed processes of the sandbox for want of memory. oom says more.
+	OomKilled     bool `protobuf:"varint,250,opt,name=oom_killed,json=oomKilled,proto3" json:"oom_killed,omitempty"`
+	Oom           *OOM `protobuf:"bytes,251,opt,name=oom,proto3" json:"oom,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1116,6 +1278,20 @@ func (x *WorkloadStatus) GetNetworks() []*NetworkStatus {
 	return nil
 }
 
+func (x *WorkloadStatus) GetOomKilled() bool {
+	if x != nil {
+		return x.OomKilled
+	}
+	return false
+}
+
+func (x *WorkloadStatus) GetOom() *OOM {
+	if x != nil {
+		return x.Oom
+	}
+	return nil
+}
+
 // NetworkStatus is what a sandbox has of a network, as the host's kernel showed it before the workload ran.
 type NetworkStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1213,6 +1389,77 @@ func (x *NetworkStatus) GetNameservers() []string {
 	return nil
 }
 
+// OOM is what is known of a lack of memory in a workload's last run.
+type OOM struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Where OOM_Where              `protobuf:"varint,1,opt,name=where,proto3,enum=sandboxd.v1.OOM_Where" json:"where,omitempty"`
+	// Processes killed.
+	Kills uint64 `protobuf:"varint,2,opt,name=kills,proto3" json:"kills,omitempty"`
+	// The host's numbers: the limit of the sandbox's cgroup and the most it ever used. Of a vm with QEMU's own memory.
+	LimitBytes    uint64 `protobuf:"varint,3,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"`
+	PeakBytes     uint64 `protobuf:"varint,4,opt,name=peak_bytes,json=peakBytes,proto3" json:"peak_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OOM) Reset() {
+	*x = OOM{}
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OOM) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OOM) ProtoMessage() {}
+
+func (x *OOM) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OOM.ProtoReflect.Descriptor instead.
+func (*OOM) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *OOM) GetWhere() OOM_Where {
+	if x != nil {
+		return x.Where
+	}
+	return OOM_WHERE_UNSPECIFIED
+}
+
+func (x *OOM) GetKills() uint64 {
+	if x != nil {
+		return x.Kills
+	}
+	return 0
+}
+
+func (x *OOM) GetLimitBytes() uint64 {
+	if x != nil {
+		return x.LimitBytes
+	}
+	return 0
+}
+
+func (x *OOM) GetPeakBytes() uint64 {
+	if x != nil {
+		return x.PeakBytes
+	}
+	return 0
+}
+
 // Decision is what the policy answered, kept with the workload.
 type Decision struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1230,7 +1477,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1242,7 +1489,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[10]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1255,7 +1502,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Decision) GetIsolation() Isolation {
@@ -1306,13 +1553,29 @@ type Usage struct {
 	// Of the writable layer, blocks in use on the host.
 	DiskBytes      uint64 `protobuf:"varint,14,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	DiskLimitBytes uint64 `protobuf:"varint,15,opt,name=disk_limit_bytes,json=diskLimitBytes,proto3" json:"disk_limit_bytes,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// memory_bytes less file pages that were not used lately: what cannot be had back without pain.
+	MemoryWorkingSetBytes uint64 `protobuf:"varint,252,opt,name=memory_working_set_bytes,json=memoryWorkingSetBytes,proto3" json:"memory_working_set_bytes,omitempty"`
+	SwapBytes             uint64 `protobuf:"varint,253,opt,name=swap_bytes,json=swapBytes,proto3" json:"swap_bytes,omitempty"`
+	// What reached disks, not what caches answered. With cgroup v1, writes that the kernel puts off are not counted.
+	IoReadBytes  uint64 `protobuf:"varint,254,opt,name=io_read_bytes,json=ioReadBytes,proto3" json:"io_read_bytes,omitempty"`
+	IoWriteBytes uint64 `protobuf:"varint,255,opt,name=io_write_bytes,json=ioWriteBytes,proto3" json:"io_write_bytes,omitempty"`
+	IoReads      uint64 `protobuf:"varint,256,opt,name=io_reads,json=ioReads,proto3" json:"io_reads,omitempty"`
+	IoWrites     uint64 `protobuf:"varint,257,opt,name=io_writes,json=ioWrites,proto3" json:"io_writes,omitempty"`
+	// How long it had to wait for its processor quota, all of its threads together.
+	CpuThrottledTime *durationpb.Duration `protobuf:"bytes,258,opt,name=cpu_throttled_time,json=cpuThrottledTime,proto3" json:"cpu_throttled_time,omitempty"`
+	// Absent where the host has no PSI for cgroups.
+	CpuPressure    *Pressure `protobuf:"bytes,259,opt,name=cpu_pressure,json=cpuPressure,proto3" json:"cpu_pressure,omitempty"`
+	MemoryPressure *Pressure `protobuf:"bytes,260,opt,name=memory_pressure,json=memoryPressure,proto3" json:"memory_pressure,omitempty"`
+	IoPressure     *Pressure `protobuf:"bytes,261,opt,name=io_pressure,json=ioPressure,proto3" json:"io_pressure,omitempty"`
+	// Processes of the sandbox that the host's kernel has killed for want of memory.
+	OomKills      uint64 `protobuf:"varint,262,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1587,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[11]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1337,7 +1600,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Usage) GetId() string {
@@ -1445,6 +1708,153 @@ func (x *Usage) GetDiskLimitBytes() uint64 {
 	return 0
 }
 
+func (x *Usage) GetMemoryWorkingSetBytes() uint64 {
+	if x != nil {
+		return x.MemoryWorkingSetBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetSwapBytes() uint64 {
+	if x != nil {
+		return x.SwapBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetIoReadBytes() uint64 {
+	if x != nil {
+		return x.IoReadBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetIoWriteBytes() uint64 {
+	if x != nil {
+		return x.IoWriteBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetIoReads() uint64 {
+	if x != nil {
+		return x.IoReads
+	}
+	return 0
+}
+
+func (x *Usage) GetIoWrites() uint64 {
+	if x != nil {
+		return x.IoWrites
+	}
+	return 0
+}
+
+func (x *Usage) GetCpuThrottledTime() *durationpb.Duration {
+	if x != nil {
+		return x.CpuThrottledTime
+	}
+	return nil
+}
+
+func (x *Usage) GetCpuPressure() *Pressure {
+	if x != nil {
+		return x.CpuPressure
+	}
+	return nil
+}
+
+func (x *Usage) GetMemoryPressure() *Pressure {
+	if x != nil {
+		return x.MemoryPressure
+	}
+	return nil
+}
+
+func (x *Usage) GetIoPressure() *Pressure {
+	if x != nil {
+		return x.IoPressure
+	}
+	return nil
+}
+
+func (x *Usage) GetOomKills() uint64 {
+	if x != nil {
+		return x.OomKills
+	}
+	return 0
+}
+
+// Pressure is pressure stall information (PSI) of one resource.
+type Pressure struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Share of the last ten seconds in which some, or all, of its tasks waited: percent.
+	SomeAvg10     float64              `protobuf:"fixed64,1,opt,name=some_avg10,json=someAvg10,proto3" json:"some_avg10,omitempty"`
+	FullAvg10     float64              `protobuf:"fixed64,2,opt,name=full_avg10,json=fullAvg10,proto3" json:"full_avg10,omitempty"`
+	SomeTotal     *durationpb.Duration `protobuf:"bytes,3,opt,name=some_total,json=someTotal,proto3" json:"some_total,omitempty"`
+	FullTotal     *durationpb.Duration `protobuf:"bytes,4,opt,name=full_total,json=fullTotal,proto3" json:"full_total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pressure) Reset() {
+	*x = Pressure{}
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pressure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pressure) ProtoMessage() {}
+
+func (x *Pressure) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
+func (*Pressure) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Pressure) GetSomeAvg10() float64 {
+	if x != nil {
+		return x.SomeAvg10
+	}
+	return 0
+}
+
+func (x *Pressure) GetFullAvg10() float64 {
+	if x != nil {
+		return x.FullAvg10
+	}
+	return 0
+}
+
+func (x *Pressure) GetSomeTotal() *durationpb.Duration {
+	if x != nil {
+		return x.SomeTotal
+	}
+	return nil
+}
+
+func (x *Pressure) GetFullTotal() *durationpb.Duration {
+	if x != nil {
+		return x.FullTotal
+	}
+	return nil
+}
+
 type Event struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	Time         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
@@ -1461,7 +1871,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[12]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1883,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_proto_msgTypes[12]
+	mi := &file_sandboxd_v1_workload_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1896,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_v1_workload_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -1596,7 +2006,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x06Rlimit\x12+\n" +
 	"\x04type\x18\x01 \x01(\tB\x17\xbaH\x14r\x12\x10\x01\x18 2\f^[A-Za-z_]+$R\x04type\x12\x12\n" +
 	"\x04soft\x18\x02 \x01(\x04R\x04soft\x12\x12\n" +
-	"\x04hard\x18\x03 \x01(\x04R\x04hard\"\xe9\x02\n" +
+	"\x04hard\x18\x03 \x01(\x04R\x04hard\"\xcf\t\n" +
 	"\tResources\x12(\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\rB\t\xbaH\x06*\x04\x18\x80\xc0>R\tcpuMillis\x12\x8b\x01\n" +
@@ -1607,7 +2017,27 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\xbaH\a*\x05\x18\x80\x80\x80\x02R\x04pids\x12\x83\x01\n" +
 	"\n" +
 	"disk_bytes\x18\x04 \x01(\x04Bd\xbaHa\xba\x01^\n" +
-	"\bdisk.min\x121disk_bytes must be 0 (default) or at least 16 MiB\x1a\x1fthis == 0u || this >= 16777216uR\tdiskBytes\"\xaa\x02\n" +
+	"\bdisk.min\x121disk_bytes must be 0 (default) or at least 16 MiB\x1a\x1fthis == 0u || this >= 16777216uR\tdiskBytes\x12(\n" +
+	"\n" +
+	"cpu_weight\x18\xf0\x01 \x01(\rB\b\xbaH\x05*\x03\x18\x90NR\tcpuWeight\x12e\n" +
+	"\vcpuset_cpus\x18\xf1\x01 \x01(\tBC\xbaH@r>\x18\x80\x0229^([0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*)?$R\n" +
+	"cpusetCpus\x12\x9c\x01\n" +
+	"\x11memory_high_bytes\x18\xf2\x01 \x01(\x04Bo\xbaHl\xba\x01i\n" +
+	"\x0fmemory_high.min\x125memory_high_bytes must be 0 (none) or at least 16 MiB\x1a\x1fthis == 0u || this >= 16777216uR\x0fmemoryHighBytes\x12/\n" +
+	"\n" +
+	"swap_bytes\x18\xf3\x01 \x01(\x04B\x0f\xbaH\f2\n" +
+	"\x18\x80\x80\x80\x80\x80\x80\x80\x80\x10R\tswapBytes\x12\x1c\n" +
+	"\toom_group\x18\xf4\x01 \x01(\bR\boomGroup\x12\x8b\x01\n" +
+	"\vio_read_bps\x18\xf5\x01 \x01(\x04Bj\xbaHg\xba\x01d\n" +
+	"\x0fio_read_bps.min\x123io_read_bps must be 0 (no limit) or at least 64 KiB\x1a\x1cthis == 0u || this >= 65536uR\tioReadBps\x12\x8f\x01\n" +
+	"\fio_write_bps\x18\xf6\x01 \x01(\x04Bl\xbaHi\xba\x01f\n" +
+	"\x10io_write_bps.min\x124io_write_bps must be 0 (no limit) or at least 64 KiB\x1a\x1cthis == 0u || this >= 65536uR\n" +
+	"ioWriteBps\x12!\n" +
+	"\fio_read_iops\x18\xf7\x01 \x01(\rR\n" +
+	"ioReadIops\x12#\n" +
+	"\rio_write_iops\x18\xf8\x01 \x01(\rR\vioWriteIops\x12}\n" +
+	"\tlog_bytes\x18\xf9\x01 \x01(\x04B_\xbaH\\\xba\x01Y\n" +
+	"\alog.min\x120log_bytes must be 0 (default) or at least 64 KiB\x1a\x1cthis == 0u || this >= 65536uR\blogBytes\"\xaa\x02\n" +
 	"\x05Mount\x127\n" +
 	"\x04type\x18\x01 \x01(\x0e2\x17.sandboxd.v1.Mount.TypeB\n" +
 	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\x04type\x12 \n" +
@@ -1621,7 +2051,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x10TYPE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tTYPE_BIND\x10\x01\x12\x0e\n" +
 	"\n" +
-	"TYPE_TMPFS\x10\x02\"\x8c\x05\n" +
+	"TYPE_TMPFS\x10\x02\"\xd1\x05\n" +
 	"\x0eWorkloadStatus\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.sandboxd.v1.WorkloadStateR\x05state\x124\n" +
 	"\tisolation\x18\x02 \x01(\x0e2\x16.sandboxd.v1.IsolationR\tisolation\x12 \n" +
@@ -1640,7 +2070,10 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x0ekernel_release\x18\f \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\r \x01(\tR\x06bootId\x12\x19\n" +
 	"\bhost_pid\x18\x0e \x01(\x05R\ahostPid\x127\n" +
-	"\bnetworks\x18\xdc\x01 \x03(\v2\x1a.sandboxd.v1.NetworkStatusR\bnetworksB\f\n" +
+	"\bnetworks\x18\xdc\x01 \x03(\v2\x1a.sandboxd.v1.NetworkStatusR\bnetworks\x12\x1e\n" +
+	"\n" +
+	"oom_killed\x18\xfa\x01 \x01(\bR\toomKilled\x12#\n" +
+	"\x03oom\x18\xfb\x01 \x01(\v2\x10.sandboxd.v1.OOMR\x03oomB\f\n" +
 	"\n" +
 	"_exit_code\"\xc1\x01\n" +
 	"\rNetworkStatus\x12\x12\n" +
@@ -1650,12 +2083,24 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x1c\n" +
 	"\taddresses\x18\x05 \x03(\tR\taddresses\x12\x1a\n" +
 	"\bgateways\x18\x06 \x03(\tR\bgateways\x12 \n" +
-	"\vnameservers\x18\a \x03(\tR\vnameservers\"\x9e\x01\n" +
+	"\vnameservers\x18\a \x03(\tR\vnameservers\"\xde\x01\n" +
+	"\x03OOM\x12,\n" +
+	"\x05where\x18\x01 \x01(\x0e2\x16.sandboxd.v1.OOM.WhereR\x05where\x12\x14\n" +
+	"\x05kills\x18\x02 \x01(\x04R\x05kills\x12\x1f\n" +
+	"\vlimit_bytes\x18\x03 \x01(\x04R\n" +
+	"limitBytes\x12\x1d\n" +
+	"\n" +
+	"peak_bytes\x18\x04 \x01(\x04R\tpeakBytes\"S\n" +
+	"\x05Where\x12\x15\n" +
+	"\x11WHERE_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fWHERE_CONTAINER\x10\x01\x12\x0f\n" +
+	"\vWHERE_GUEST\x10\x02\x12\r\n" +
+	"\tWHERE_VMM\x10\x03\"\x9e\x01\n" +
 	"\bDecision\x124\n" +
 	"\tisolation\x18\x01 \x01(\x0e2\x16.sandboxd.v1.IsolationR\tisolation\x12\x12\n" +
 	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x120\n" +
-	"\agranted\x18\x04 \x01(\x0e2\x16.sandboxd.v1.IsolationR\agranted\"\xe8\x04\n" +
+	"\agranted\x18\x04 \x01(\x0e2\x16.sandboxd.v1.IsolationR\agranted\"\xe5\b\n" +
 	"\x05Usage\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
@@ -1674,7 +2119,29 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x1cguest_memory_available_bytes\x18\r \x01(\x04R\x19guestMemoryAvailableBytes\x12\x1d\n" +
 	"\n" +
 	"disk_bytes\x18\x0e \x01(\x04R\tdiskBytes\x12(\n" +
-	"\x10disk_limit_bytes\x18\x0f \x01(\x04R\x0ediskLimitBytes\"\x89\x05\n" +
+	"\x10disk_limit_bytes\x18\x0f \x01(\x04R\x0ediskLimitBytes\x128\n" +
+	"\x18memory_working_set_bytes\x18\xfc\x01 \x01(\x04R\x15memoryWorkingSetBytes\x12\x1e\n" +
+	"\n" +
+	"swap_bytes\x18\xfd\x01 \x01(\x04R\tswapBytes\x12#\n" +
+	"\rio_read_bytes\x18\xfe\x01 \x01(\x04R\vioReadBytes\x12%\n" +
+	"\x0eio_write_bytes\x18\xff\x01 \x01(\x04R\fioWriteBytes\x12\x1a\n" +
+	"\bio_reads\x18\x80\x02 \x01(\x04R\aioReads\x12\x1c\n" +
+	"\tio_writes\x18\x81\x02 \x01(\x04R\bioWrites\x12H\n" +
+	"\x12cpu_throttled_time\x18\x82\x02 \x01(\v2\x19.google.protobuf.DurationR\x10cpuThrottledTime\x129\n" +
+	"\fcpu_pressure\x18\x83\x02 \x01(\v2\x15.sandboxd.v1.PressureR\vcpuPressure\x12?\n" +
+	"\x0fmemory_pressure\x18\x84\x02 \x01(\v2\x15.sandboxd.v1.PressureR\x0ememoryPressure\x127\n" +
+	"\vio_pressure\x18\x85\x02 \x01(\v2\x15.sandboxd.v1.PressureR\n" +
+	"ioPressure\x12\x1c\n" +
+	"\toom_kills\x18\x86\x02 \x01(\x04R\boomKills\"\xbc\x01\n" +
+	"\bPressure\x12\x1d\n" +
+	"\n" +
+	"some_avg10\x18\x01 \x01(\x01R\tsomeAvg10\x12\x1d\n" +
+	"\n" +
+	"full_avg10\x18\x02 \x01(\x01R\tfullAvg10\x128\n" +
+	"\n" +
+	"some_total\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\tsomeTotal\x128\n" +
+	"\n" +
+	"full_total\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tfullTotal\"\xc1\x05\n" +
 	"\x05Event\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12+\n" +
 	"\x04type\x18\x02 \x01(\x0e2\x17.sandboxd.v1.Event.TypeR\x04type\x12\x1f\n" +
@@ -1688,7 +2155,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"attributes\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc1\x02\n" +
 	"\x04Type\x12\x14\n" +
 	"\x10TYPE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fTYPE_CREATED\x10\x01\x12\x11\n" +
@@ -1703,12 +2170,15 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x10TYPE_IMAGE_ADDED\x10\n" +
 	"\x12\x16\n" +
 	"\x12TYPE_IMAGE_REMOVED\x10\v\x12\x11\n" +
-	"\rTYPE_STOPPING\x10\f*e\n" +
+	"\rTYPE_STOPPING\x10\f\x12\x10\n" +
+	"\vTYPE_PAUSED\x10\xf0\x01\x12\x11\n" +
+	"\fTYPE_RESUMED\x10\xf1\x01\x12\x11\n" +
+	"\fTYPE_UPDATED\x10\xf2\x01*e\n" +
 	"\tIsolation\x12\x19\n" +
 	"\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eISOLATION_AUTO\x10\x01\x12\x17\n" +
 	"\x13ISOLATION_CONTAINER\x10\x02\x12\x10\n" +
-	"\fISOLATION_VM\x10\x03*\xf4\x01\n" +
+	"\fISOLATION_VM\x10\x03*\x90\x02\n" +
 	"\rWorkloadState\x12\x1e\n" +
 	"\x1aWORKLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16WORKLOAD_STATE_CREATED\x10\x01\x12\x1b\n" +
@@ -1717,7 +2187,8 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x17WORKLOAD_STATE_STOPPING\x10\x04\x12\x19\n" +
 	"\x15WORKLOAD_STATE_EXITED\x10\x05\x12\x19\n" +
 	"\x15WORKLOAD_STATE_FAILED\x10\x06\x12\x1b\n" +
-	"\x17WORKLOAD_STATE_DELETING\x10\aB?Z=github.com/sandboxd/sandboxd/api/proto/sandboxd/v1;sandboxdv1b\x06proto3"
+	"\x17WORKLOAD_STATE_DELETING\x10\a\x12\x1a\n" +
+	"\x15WORKLOAD_STATE_PAUSED\x10\xf0\x01B?Z=github.com/sandboxd/sandboxd/api/proto/sandboxd/v1;sandboxdv1b\x06proto3"
 
 var (
 	file_sandboxd_v1_workload_proto_rawDescOnce sync.Once
@@ -1731,64 +2202,75 @@ func file_sandboxd_v1_workload_proto_rawDescGZIP() []byte {
 	return file_sandboxd_v1_workload_proto_rawDescData
 }
 
-var file_sandboxd_v1_workload_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_sandboxd_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_sandboxd_v1_workload_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_sandboxd_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_sandboxd_v1_workload_proto_goTypes = []any{
 	(Isolation)(0),                // 0: sandboxd.v1.Isolation
 	(WorkloadState)(0),            // 1: sandboxd.v1.WorkloadState
 	(Mount_Type)(0),               // 2: sandboxd.v1.Mount.Type
-	(Event_Type)(0),               // 3: sandboxd.v1.Event.Type
-	(*Workload)(nil),              // 4: sandboxd.v1.Workload
-	(*WorkloadSpec)(nil),          // 5: sandboxd.v1.WorkloadSpec
-	(*Seccomp)(nil),               // 6: sandboxd.v1.Seccomp
-	(*ProcessSpec)(nil),           // 7: sandboxd.v1.ProcessSpec
-	(*TerminalSize)(nil),          // 8: sandboxd.v1.TerminalSize
-	(*Rlimit)(nil),                // 9: sandboxd.v1.Rlimit
-	(*Resources)(nil),             // 10: sandboxd.v1.Resources
-	(*Mount)(nil),                 // 11: sandboxd.v1.Mount
-	(*WorkloadStatus)(nil),        // 12: sandboxd.v1.WorkloadStatus
-	(*NetworkStatus)(nil),         // 13: sandboxd.v1.NetworkStatus
-	(*Decision)(nil),              // 14: sandboxd.v1.Decision
-	(*Usage)(nil),                 // 15: sandboxd.v1.Usage
-	(*Event)(nil),                 // 16: sandboxd.v1.Event
-	nil,                           // 17: sandboxd.v1.Workload.LabelsEntry
-	nil,                           // 18: sandboxd.v1.Event.AttributesEntry
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
+	(OOM_Where)(0),                // 3: sandboxd.v1.OOM.Where
+	(Event_Type)(0),               // 4: sandboxd.v1.Event.Type
+	(*Workload)(nil),              // 5: sandboxd.v1.Workload
+	(*WorkloadSpec)(nil),          // 6: sandboxd.v1.WorkloadSpec
+	(*Seccomp)(nil),               // 7: sandboxd.v1.Seccomp
+	(*ProcessSpec)(nil),           // 8: sandboxd.v1.ProcessSpec
+	(*TerminalSize)(nil),          // 9: sandboxd.v1.TerminalSize
+	(*Rlimit)(nil),                // 10: sandboxd.v1.Rlimit
+	(*Resources)(nil),             // 11: sandboxd.v1.Resources
+	(*Mount)(nil),                 // 12: sandboxd.v1.Mount
+	(*WorkloadStatus)(nil),        // 13: sandboxd.v1.WorkloadStatus
+	(*NetworkStatus)(nil),         // 14: sandboxd.v1.NetworkStatus
+	(*OOM)(nil),                   // 15: sandboxd.v1.OOM
+	(*Decision)(nil),              // 16: sandboxd.v1.Decision
+	(*Usage)(nil),                 // 17: sandboxd.v1.Usage
+	(*Pressure)(nil),              // 18: sandboxd.v1.Pressure
+	(*Event)(nil),                 // 19: sandboxd.v1.Event
+	nil,                           // 20: sandboxd.v1.Workload.LabelsEntry
+	nil,                           // 21: sandboxd.v1.Event.AttributesEntry
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
 }
 var file_sandboxd_v1_workload_proto_depIdxs = []int32{
-	17, // 0: sandboxd.v1.Workload.labels:type_name -> sandboxd.v1.Workload.LabelsEntry
-	5,  // 1: sandboxd.v1.Workload.spec:type_name -> sandboxd.v1.WorkloadSpec
-	12, // 2: sandboxd.v1.Workload.status:type_name -> sandboxd.v1.WorkloadStatus
-	19, // 3: sandboxd.v1.Workload.created_at:type_name -> google.protobuf.Timestamp
+	20, // 0: sandboxd.v1.Workload.labels:type_name -> sandboxd.v1.Workload.LabelsEntry
+	6,  // 1: sandboxd.v1.Workload.spec:type_name -> sandboxd.v1.WorkloadSpec
+	13, // 2: sandboxd.v1.Workload.status:type_name -> sandboxd.v1.WorkloadStatus
+	22, // 3: sandboxd.v1.Workload.created_at:type_name -> google.protobuf.Timestamp
 	0,  // 4: sandboxd.v1.WorkloadSpec.isolation:type_name -> sandboxd.v1.Isolation
-	7,  // 5: sandboxd.v1.WorkloadSpec.process:type_name -> sandboxd.v1.ProcessSpec
-	10, // 6: sandboxd.v1.WorkloadSpec.resources:type_name -> sandboxd.v1.Resources
-	11, // 7: sandboxd.v1.WorkloadSpec.mounts:type_name -> sandboxd.v1.Mount
-	6,  // 8: sandboxd.v1.WorkloadSpec.seccomp:type_name -> sandboxd.v1.Seccomp
-	8,  // 9: sandboxd.v1.ProcessSpec.terminal_size:type_name -> sandboxd.v1.TerminalSize
-	9,  // 10: sandboxd.v1.ProcessSpec.rlimits:type_name -> sandboxd.v1.Rlimit
+	8,  // 5: sandboxd.v1.WorkloadSpec.process:type_name -> sandboxd.v1.ProcessSpec
+	11, // 6: sandboxd.v1.WorkloadSpec.resources:type_name -> sandboxd.v1.Resources
+	12, // 7: sandboxd.v1.WorkloadSpec.mounts:type_name -> sandboxd.v1.Mount
+	7,  // 8: sandboxd.v1.WorkloadSpec.seccomp:type_name -> sandboxd.v1.Seccomp
+	9,  // 9: sandboxd.v1.ProcessSpec.terminal_size:type_name -> sandboxd.v1.TerminalSize
+	10, // 10: sandboxd.v1.ProcessSpec.rlimits:type_name -> sandboxd.v1.Rlimit
 	2,  // 11: sandboxd.v1.Mount.type:type_name -> sandboxd.v1.Mount.Type
 	1,  // 12: sandboxd.v1.WorkloadStatus.state:type_name -> sandboxd.v1.WorkloadState
 	0,  // 13: sandboxd.v1.WorkloadStatus.isolation:type_name -> sandboxd.v1.Isolation
-	14, // 14: sandboxd.v1.WorkloadStatus.decision:type_name -> sandboxd.v1.Decision
-	19, // 15: sandboxd.v1.WorkloadStatus.started_at:type_name -> google.protobuf.Timestamp
-	19, // 16: sandboxd.v1.WorkloadStatus.exited_at:type_name -> google.protobuf.Timestamp
-	13, // 17: sandboxd.v1.WorkloadStatus.networks:type_name -> sandboxd.v1.NetworkStatus
-	0,  // 18: sandboxd.v1.Decision.isolation:type_name -> sandboxd.v1.Isolation
-	0,  // 19: sandboxd.v1.Decision.granted:type_name -> sandboxd.v1.Isolation
-	0,  // 20: sandboxd.v1.Usage.isolation:type_name -> sandboxd.v1.Isolation
-	19, // 21: sandboxd.v1.Usage.time:type_name -> google.protobuf.Timestamp
-	20, // 22: sandboxd.v1.Usage.cpu_time:type_name -> google.protobuf.Duration
-	19, // 23: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
-	3,  // 24: sandboxd.v1.Event.type:type_name -> sandboxd.v1.Event.Type
-	0,  // 25: sandboxd.v1.Event.isolation:type_name -> sandboxd.v1.Isolation
-	18, // 26: sandboxd.v1.Event.attributes:type_name -> sandboxd.v1.Event.AttributesEntry
-	27, // [27:27] is the sub-list for method output_type
-	27, // [27:27] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	16, // 14: sandboxd.v1.WorkloadStatus.decision:type_name -> sandboxd.v1.Decision
+	22, // 15: sandboxd.v1.WorkloadStatus.started_at:type_name -> google.protobuf.Timestamp
+	22, // 16: sandboxd.v1.WorkloadStatus.exited_at:type_name -> google.protobuf.Timestamp
+	14, // 17: sandboxd.v1.WorkloadStatus.networks:type_name -> sandboxd.v1.NetworkStatus
+	15, // 18: sandboxd.v1.WorkloadStatus.oom:type_name -> sandboxd.v1.OOM
+	3,  // 19: sandboxd.v1.OOM.where:type_name -> sandboxd.v1.OOM.Where
+	0,  // 20: sandboxd.v1.Decision.isolation:type_name -> sandboxd.v1.Isolation
+	0,  // 21: sandboxd.v1.Decision.granted:type_name -> sandboxd.v1.Isolation
+	0,  // 22: sandboxd.v1.Usage.isolation:type_name -> sandboxd.v1.Isolation
+	22, // 23: sandboxd.v1.Usage.time:type_name -> google.protobuf.Timestamp
+	23, // 24: sandboxd.v1.Usage.cpu_time:type_name -> google.protobuf.Duration
+	23, // 25: sandboxd.v1.Usage.cpu_throttled_time:type_name -> google.protobuf.Duration
+	18, // 26: sandboxd.v1.Usage.cpu_pressure:type_name -> sandboxd.v1.Pressure
+	18, // 27: sandboxd.v1.Usage.memory_pressure:type_name -> sandboxd.v1.Pressure
+	18, // 28: sandboxd.v1.Usage.io_pressure:type_name -> sandboxd.v1.Pressure
+	23, // 29: sandboxd.v1.Pressure.some_total:type_name -> google.protobuf.Duration
+	23, // 30: sandboxd.v1.Pressure.full_total:type_name -> google.protobuf.Duration
+	22, // 31: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	4,  // 32: sandboxd.v1.Event.type:type_name -> sandboxd.v1.Event.Type
+	0,  // 33: sandboxd.v1.Event.isolation:type_name -> sandboxd.v1.Isolation
+	21, // 34: sandboxd.v1.Event.attributes:type_name -> sandboxd.v1.Event.AttributesEntry
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_v1_workload_proto_init() }
@@ -1802,8 +2284,8 @@ func file_sandboxd_v1_workload_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_v1_workload_proto_rawDesc), len(file_sandboxd_v1_workload_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   15,
+			NumEnums:      5,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

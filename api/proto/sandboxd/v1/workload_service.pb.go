@@ -11,6 +11,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	fieldmaskpb "google.golang.org/protobuf/types/known/fieldmaskpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -675,6 +676,288 @@ func (*KillWorkloadResponse) Descriptor() ([]byte, []int) {
 	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{11}
 }
 
+type UpdateWorkloadRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Resources *Resources             `protobuf:"bytes,2,opt,name=resources,proto3" json:"resources,omitempty"`
+	// Which fields of resources to change (memory_bytes); one that is named and zero goes back to its default. Without a
+	// mask those that are not zero.
+	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,3,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateWorkloadRequest) Reset() {
+	*x = UpdateWorkloadRequest{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateWorkloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateWorkloadRequest) ProtoMessage() {}
+
+func (x *UpdateWorkloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateWorkloadRequest.ProtoReflect.Descriptor instead.
+func (*UpdateWorkloadRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *UpdateWorkloadRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *UpdateWorkloadRequest) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+func (x *UpdateWorkloadRequest) GetUpdateMask() *fieldmaskpb.FieldMask {
+	if x != nil {
+		return x.UpdateMask
+	}
+	return nil
+}
+
+type UpdateWorkloadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      *Workload              `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateWorkloadResponse) Reset() {
+	*x = UpdateWorkloadResponse{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateWorkloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateWorkloadResponse) ProtoMessage() {}
+
+func (x *UpdateWorkloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateWorkloadResponse.ProtoReflect.Descriptor instead.
+func (*UpdateWorkloadResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *UpdateWorkloadResponse) GetWorkload() *Workload {
+	if x != nil {
+		return x.Workload
+	}
+	return nil
+}
+
+type PauseWorkloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseWorkloadRequest) Reset() {
+	*x = PauseWorkloadRequest{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseWorkloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseWorkloadRequest) ProtoMessage() {}
+
+func (x *PauseWorkloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseWorkloadRequest.ProtoReflect.Descriptor instead.
+func (*PauseWorkloadRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PauseWorkloadRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type PauseWorkloadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      *Workload              `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseWorkloadResponse) Reset() {
+	*x = PauseWorkloadResponse{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseWorkloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseWorkloadResponse) ProtoMessage() {}
+
+func (x *PauseWorkloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseWorkloadResponse.ProtoReflect.Descriptor instead.
+func (*PauseWorkloadResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PauseWorkloadResponse) GetWorkload() *Workload {
+	if x != nil {
+		return x.Workload
+	}
+	return nil
+}
+
+type ResumeWorkloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeWorkloadRequest) Reset() {
+	*x = ResumeWorkloadRequest{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeWorkloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeWorkloadRequest) ProtoMessage() {}
+
+func (x *ResumeWorkloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeWorkloadRequest.ProtoReflect.Descriptor instead.
+func (*ResumeWorkloadRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ResumeWorkloadRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ResumeWorkloadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      *Workload              `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeWorkloadResponse) Reset() {
+	*x = ResumeWorkloadResponse{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeWorkloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeWorkloadResponse) ProtoMessage() {}
+
+func (x *ResumeWorkloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeWorkloadResponse.ProtoReflect.Descriptor instead.
+func (*ResumeWorkloadResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ResumeWorkloadResponse) GetWorkload() *Workload {
+	if x != nil {
+		return x.Workload
+	}
+	return nil
+}
+
 type WaitWorkloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -684,7 +967,7 @@ type WaitWorkloadRequest struct {
 
 func (x *WaitWorkloadRequest) Reset() {
 	*x = WaitWorkloadRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[12]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +979,7 @@ func (x *WaitWorkloadRequest) String() string {
 func (*WaitWorkloadRequest) ProtoMessage() {}
 
 func (x *WaitWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[12]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +992,7 @@ func (x *WaitWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*WaitWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WaitWorkloadRequest) GetId() string {
@@ -728,7 +1011,7 @@ type WaitWorkloadResponse struct {
 
 func (x *WaitWorkloadResponse) Reset() {
 	*x = WaitWorkloadResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[13]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -740,7 +1023,7 @@ func (x *WaitWorkloadResponse) String() string {
 func (*WaitWorkloadResponse) ProtoMessage() {}
 
 func (x *WaitWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[13]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -753,7 +1036,7 @@ func (x *WaitWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*WaitWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{13}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WaitWorkloadResponse) GetWorkload() *Workload {
@@ -774,7 +1057,7 @@ type DeleteWorkloadRequest struct {
 
 func (x *DeleteWorkloadRequest) Reset() {
 	*x = DeleteWorkloadRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[14]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +1069,7 @@ func (x *DeleteWorkloadRequest) String() string {
 func (*DeleteWorkloadRequest) ProtoMessage() {}
 
 func (x *DeleteWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[14]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +1082,7 @@ func (x *DeleteWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*DeleteWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeleteWorkloadRequest) GetId() string {
@@ -824,7 +1107,7 @@ type DeleteWorkloadResponse struct {
 
 func (x *DeleteWorkloadResponse) Reset() {
 	*x = DeleteWorkloadResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[15]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +1119,7 @@ func (x *DeleteWorkloadResponse) String() string {
 func (*DeleteWorkloadResponse) ProtoMessage() {}
 
 func (x *DeleteWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[15]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +1132,7 @@ func (x *DeleteWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*DeleteWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{21}
 }
 
 type ExecRequest struct {
@@ -868,7 +1151,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[16]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -880,7 +1163,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[16]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -893,7 +1176,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecRequest) GetRequest() isExecRequest_Request {
@@ -1002,7 +1285,7 @@ type ExecStart struct {
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[17]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1297,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[17]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1310,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecStart) GetId() string {
@@ -1094,7 +1377,7 @@ type CloseStdin struct {
 
 func (x *CloseStdin) Reset() {
 	*x = CloseStdin{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[18]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1389,7 @@ func (x *CloseStdin) String() string {
 func (*CloseStdin) ProtoMessage() {}
 
 func (x *CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[18]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1402,7 @@ func (x *CloseStdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseStdin.ProtoReflect.Descriptor instead.
 func (*CloseStdin) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{24}
 }
 
 type ExecResponse struct {
@@ -1137,7 +1420,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[19]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1432,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[19]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1445,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExecResponse) GetResponse() isExecResponse_Response {
@@ -1248,7 +1531,7 @@ type ExecStarted struct {
 
 func (x *ExecStarted) Reset() {
 	*x = ExecStarted{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[20]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1543,7 @@ func (x *ExecStarted) String() string {
 func (*ExecStarted) ProtoMessage() {}
 
 func (x *ExecStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[20]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1556,7 @@ func (x *ExecStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStarted.ProtoReflect.Descriptor instead.
 func (*ExecStarted) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecStarted) GetPid() int32 {
@@ -1294,7 +1577,7 @@ type ProcessExit struct {
 
 func (x *ProcessExit) Reset() {
 	*x = ProcessExit{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[21]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1589,7 @@ func (x *ProcessExit) String() string {
 func (*ProcessExit) ProtoMessage() {}
 
 func (x *ProcessExit) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[21]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1602,7 @@ func (x *ProcessExit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessExit.ProtoReflect.Descriptor instead.
 func (*ProcessExit) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ProcessExit) GetCode() int32 {
@@ -1352,7 +1635,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1364,7 +1647,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1377,7 +1660,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AttachRequest) GetRequest() isAttachRequest_Request {
@@ -1478,7 +1761,7 @@ type AttachStart struct {
 
 func (x *AttachStart) Reset() {
 	*x = AttachStart{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +1773,7 @@ func (x *AttachStart) String() string {
 func (*AttachStart) ProtoMessage() {}
 
 func (x *AttachStart) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +1786,7 @@ func (x *AttachStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachStart.ProtoReflect.Descriptor instead.
 func (*AttachStart) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AttachStart) GetId() string {
@@ -1535,7 +1818,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1830,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1843,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AttachResponse) GetResponse() isAttachResponse_Response {
@@ -1643,7 +1926,7 @@ type AttachStarted struct {
 
 func (x *AttachStarted) Reset() {
 	*x = AttachStarted{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1938,7 @@ func (x *AttachStarted) String() string {
 func (*AttachStarted) ProtoMessage() {}
 
 func (x *AttachStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1951,7 @@ func (x *AttachStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachStarted.ProtoReflect.Descriptor instead.
 func (*AttachStarted) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{31}
 }
 
 type StreamLogsRequest struct {
@@ -1689,7 +1972,7 @@ type StreamLogsRequest struct {
 
 func (x *StreamLogsRequest) Reset() {
 	*x = StreamLogsRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +1984,7 @@ func (x *StreamLogsRequest) String() string {
 func (*StreamLogsRequest) ProtoMessage() {}
 
 func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1714,7 +1997,7 @@ func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamLogsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StreamLogsRequest) GetId() string {
@@ -1757,14 +2040,16 @@ type StreamLogsResponse struct {
 	Time   *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
 	Stream OutputStream           `protobuf:"varint,2,opt,name=stream,proto3,enum=sandboxd.v1.OutputStream" json:"stream,omitempty"`
 	// As written, not cut at line ends.
-	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	Data []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	// So many bytes that should be here are gone: the log keeps the last spec.resources.log_bytes. Such a message has no data.
+	DroppedBytes  uint64 `protobuf:"varint,263,opt,name=dropped_bytes,json=droppedBytes,proto3" json:"dropped_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StreamLogsResponse) Reset() {
 	*x = StreamLogsResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1776,7 +2061,7 @@ func (x *StreamLogsResponse) String() string {
 func (*StreamLogsResponse) ProtoMessage() {}
 
 func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1789,7 +2074,7 @@ func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamLogsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StreamLogsResponse) GetTime() *timestamppb.Timestamp {
@@ -1813,6 +2098,13 @@ func (x *StreamLogsResponse) GetData() []byte {
 	return nil
 }
 
+func (x *StreamLogsResponse) GetDroppedBytes() uint64 {
+	if x != nil {
+		return x.DroppedBytes
+	}
+	return 0
+}
+
 type CopyInRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Request:
@@ -1826,7 +2118,7 @@ type CopyInRequest struct {
 
 func (x *CopyInRequest) Reset() {
 	*x = CopyInRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +2130,7 @@ func (x *CopyInRequest) String() string {
 func (*CopyInRequest) ProtoMessage() {}
 
 func (x *CopyInRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +2143,7 @@ func (x *CopyInRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyInRequest.ProtoReflect.Descriptor instead.
 func (*CopyInRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CopyInRequest) GetRequest() isCopyInRequest_Request {
@@ -1907,7 +2199,7 @@ type CopyInStart struct {
 
 func (x *CopyInStart) Reset() {
 	*x = CopyInStart{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1919,7 +2211,7 @@ func (x *CopyInStart) String() string {
 func (*CopyInStart) ProtoMessage() {}
 
 func (x *CopyInStart) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1932,7 +2224,7 @@ func (x *CopyInStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyInStart.ProtoReflect.Descriptor instead.
 func (*CopyInStart) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CopyInStart) GetId() string {
@@ -1957,7 +2249,7 @@ type CopyInResponse struct {
 
 func (x *CopyInResponse) Reset() {
 	*x = CopyInResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1969,7 +2261,7 @@ func (x *CopyInResponse) String() string {
 func (*CopyInResponse) ProtoMessage() {}
 
 func (x *CopyInResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1982,7 +2274,7 @@ func (x *CopyInResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyInResponse.ProtoReflect.Descriptor instead.
 func (*CopyInResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{36}
 }
 
 type CopyOutRequest struct {
@@ -1995,7 +2287,7 @@ type CopyOutRequest struct {
 
 func (x *CopyOutRequest) Reset() {
 	*x = CopyOutRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2007,7 +2299,7 @@ func (x *CopyOutRequest) String() string {
 func (*CopyOutRequest) ProtoMessage() {}
 
 func (x *CopyOutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2020,7 +2312,7 @@ func (x *CopyOutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyOutRequest.ProtoReflect.Descriptor instead.
 func (*CopyOutRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CopyOutRequest) GetId() string {
@@ -2047,7 +2339,7 @@ type CopyOutResponse struct {
 
 func (x *CopyOutResponse) Reset() {
 	*x = CopyOutResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2351,7 @@ func (x *CopyOutResponse) String() string {
 func (*CopyOutResponse) ProtoMessage() {}
 
 func (x *CopyOutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2364,7 @@ func (x *CopyOutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyOutResponse.ProtoReflect.Descriptor instead.
 func (*CopyOutResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{32}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CopyOutResponse) GetData() []byte {
@@ -2091,7 +2383,7 @@ type GetUsageRequest struct {
 
 func (x *GetUsageRequest) Reset() {
 	*x = GetUsageRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2103,7 +2395,7 @@ func (x *GetUsageRequest) String() string {
 func (*GetUsageRequest) ProtoMessage() {}
 
 func (x *GetUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2116,7 +2408,7 @@ func (x *GetUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetUsageRequest.ProtoReflect.Descriptor instead.
 func (*GetUsageRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{33}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetUsageRequest) GetId() string {
@@ -2135,7 +2427,7 @@ type GetUsageResponse struct {
 
 func (x *GetUsageResponse) Reset() {
 	*x = GetUsageResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2439,7 @@ func (x *GetUsageResponse) String() string {
 func (*GetUsageResponse) ProtoMessage() {}
 
 func (x *GetUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2452,7 @@ func (x *GetUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetUsageResponse.ProtoReflect.Descriptor instead.
 func (*GetUsageResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{34}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetUsageResponse) GetUsage() *Usage {
@@ -2182,7 +2474,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2194,7 +2486,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2207,7 +2499,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{35}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WatchEventsRequest) GetId() string {
@@ -2233,7 +2525,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2537,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2550,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{36}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WatchEventsResponse) GetEvent() *Event {
@@ -2277,7 +2569,7 @@ type GetOCIConfigRequest struct {
 
 func (x *GetOCIConfigRequest) Reset() {
 	*x = GetOCIConfigRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2289,7 +2581,7 @@ func (x *GetOCIConfigRequest) String() string {
 func (*GetOCIConfigRequest) ProtoMessage() {}
 
 func (x *GetOCIConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2302,7 +2594,7 @@ func (x *GetOCIConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOCIConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetOCIConfigRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{37}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetOCIConfigRequest) GetId() string {
@@ -2321,7 +2613,7 @@ type GetOCIConfigResponse struct {
 
 func (x *GetOCIConfigResponse) Reset() {
 	*x = GetOCIConfigResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2625,7 @@ func (x *GetOCIConfigResponse) String() string {
 func (*GetOCIConfigResponse) ProtoMessage() {}
 
 func (x *GetOCIConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2638,7 @@ func (x *GetOCIConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOCIConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetOCIConfigResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{38}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetOCIConfigResponse) GetConfig() []byte {
@@ -2360,7 +2652,7 @@ var File_sandboxd_v1_workload_service_proto protoreflect.FileDescriptor
 
 const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\n" +
-	"\"sandboxd/v1/workload_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asandboxd/v1/workload.proto\"\xa9\x02\n" +
+	"\"sandboxd/v1/workload_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asandboxd/v1/workload.proto\"\xa9\x02\n" +
 	"\x15CreateWorkloadRequest\x12<\n" +
 	"\x04name\x18\x01 \x01(\tB(\xbaH%r#\x18?2\x1f^([a-zA-Z0-9][a-zA-Z0-9_.-]*)?$R\x04name\x12`\n" +
 	"\x06labels\x18\x02 \x03(\v2..sandboxd.v1.CreateWorkloadRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x125\n" +
@@ -2404,7 +2696,25 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\x12\x1f\n" +
 	"\x06signal\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18\x10R\x06signal\"\x16\n" +
-	"\x14KillWorkloadResponse\"1\n" +
+	"\x14KillWorkloadResponse\"\xae\x01\n" +
+	"\x15UpdateWorkloadRequest\x12\x1a\n" +
+	"\x02id\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\x12<\n" +
+	"\tresources\x18\x02 \x01(\v2\x16.sandboxd.v1.ResourcesB\x06\xbaH\x03\xc8\x01\x01R\tresources\x12;\n" +
+	"\vupdate_mask\x18\x03 \x01(\v2\x1a.google.protobuf.FieldMaskR\n" +
+	"updateMask\"K\n" +
+	"\x16UpdateWorkloadResponse\x121\n" +
+	"\bworkload\x18\x01 \x01(\v2\x15.sandboxd.v1.WorkloadR\bworkload\"2\n" +
+	"\x14PauseWorkloadRequest\x12\x1a\n" +
+	"\x02id\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\"J\n" +
+	"\x15PauseWorkloadResponse\x121\n" +
+	"\bworkload\x18\x01 \x01(\v2\x15.sandboxd.v1.WorkloadR\bworkload\"3\n" +
+	"\x15ResumeWorkloadRequest\x12\x1a\n" +
+	"\x02id\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\"K\n" +
+	"\x16ResumeWorkloadResponse\x121\n" +
+	"\bworkload\x18\x01 \x01(\v2\x15.sandboxd.v1.WorkloadR\bworkload\"1\n" +
 	"\x13WaitWorkloadRequest\x12\x1a\n" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\"I\n" +
@@ -2477,11 +2787,12 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\x04tail\x18\x03 \x01(\rH\x00R\x04tail\x88\x01\x01\x120\n" +
 	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x19\n" +
 	"\aconsole\x18\xac\x02 \x01(\bR\aconsoleB\a\n" +
-	"\x05_tail\"\x8b\x01\n" +
+	"\x05_tail\"\xb1\x01\n" +
 	"\x12StreamLogsResponse\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x121\n" +
 	"\x06stream\x18\x02 \x01(\x0e2\x19.sandboxd.v1.OutputStreamR\x06stream\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data\"t\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12$\n" +
+	"\rdropped_bytes\x18\x87\x02 \x01(\x04R\fdroppedBytes\"t\n" +
 	"\rCopyInRequest\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x18.sandboxd.v1.CopyInStartH\x00R\x05start\x12\x1f\n" +
 	"\x04data\x18\x02 \x01(\fB\t\xbaH\x06z\x04\x18\x80\x80@H\x00R\x04dataB\x10\n" +
@@ -2515,15 +2826,17 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\fOutputStream\x12\x1d\n" +
 	"\x19OUTPUT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14OUTPUT_STREAM_STDOUT\x10\x01\x12\x18\n" +
-	"\x14OUTPUT_STREAM_STDERR\x10\x022\xa0\n" +
-	"\n" +
+	"\x14OUTPUT_STREAM_STDERR\x10\x022\xae\f\n" +
 	"\x0fWorkloadService\x12Y\n" +
 	"\x0eCreateWorkload\x12\".sandboxd.v1.CreateWorkloadRequest\x1a#.sandboxd.v1.CreateWorkloadResponse\x12V\n" +
 	"\rStartWorkload\x12!.sandboxd.v1.StartWorkloadRequest\x1a\".sandboxd.v1.StartWorkloadResponse\x12P\n" +
 	"\vGetWorkload\x12\x1f.sandboxd.v1.GetWorkloadRequest\x1a .sandboxd.v1.GetWorkloadResponse\x12V\n" +
 	"\rListWorkloads\x12!.sandboxd.v1.ListWorkloadsRequest\x1a\".sandboxd.v1.ListWorkloadsResponse\x12S\n" +
 	"\fStopWorkload\x12 .sandboxd.v1.StopWorkloadRequest\x1a!.sandboxd.v1.StopWorkloadResponse\x12S\n" +
-	"\fKillWorkload\x12 .sandboxd.v1.KillWorkloadRequest\x1a!.sandboxd.v1.KillWorkloadResponse\x12S\n" +
+	"\fKillWorkload\x12 .sandboxd.v1.KillWorkloadRequest\x1a!.sandboxd.v1.KillWorkloadResponse\x12Y\n" +
+	"\x0eUpdateWorkload\x12\".sandboxd.v1.UpdateWorkloadRequest\x1a#.sandboxd.v1.UpdateWorkloadResponse\x12V\n" +
+	"\rPauseWorkload\x12!.sandboxd.v1.PauseWorkloadRequest\x1a\".sandboxd.v1.PauseWorkloadResponse\x12Y\n" +
+	"\x0eResumeWorkload\x12\".sandboxd.v1.ResumeWorkloadRequest\x1a#.sandboxd.v1.ResumeWorkloadResponse\x12S\n" +
 	"\fWaitWorkload\x12 .sandboxd.v1.WaitWorkloadRequest\x1a!.sandboxd.v1.WaitWorkloadResponse\x12Y\n" +
 	"\x0eDeleteWorkload\x12\".sandboxd.v1.DeleteWorkloadRequest\x1a#.sandboxd.v1.DeleteWorkloadResponse\x12?\n" +
 	"\x04Exec\x12\x18.sandboxd.v1.ExecRequest\x1a\x19.sandboxd.v1.ExecResponse(\x010\x01\x12E\n" +
@@ -2549,7 +2862,7 @@ func file_sandboxd_v1_workload_service_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_v1_workload_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sandboxd_v1_workload_service_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_sandboxd_v1_workload_service_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_sandboxd_v1_workload_service_proto_goTypes = []any{
 	(OutputStream)(0),              // 0: sandboxd.v1.OutputStream
 	(*CreateWorkloadRequest)(nil),  // 1: sandboxd.v1.CreateWorkloadRequest
@@ -2564,113 +2877,132 @@ var file_sandboxd_v1_workload_service_proto_goTypes = []any{
 	(*StopWorkloadResponse)(nil),   // 10: sandboxd.v1.StopWorkloadResponse
 	(*KillWorkloadRequest)(nil),    // 11: sandboxd.v1.KillWorkloadRequest
 	(*KillWorkloadResponse)(nil),   // 12: sandboxd.v1.KillWorkloadResponse
-	(*WaitWorkloadRequest)(nil),    // 13: sandboxd.v1.WaitWorkloadRequest
-	(*WaitWorkloadResponse)(nil),   // 14: sandboxd.v1.WaitWorkloadResponse
-	(*DeleteWorkloadRequest)(nil),  // 15: sandboxd.v1.DeleteWorkloadRequest
-	(*DeleteWorkloadResponse)(nil), // 16: sandboxd.v1.DeleteWorkloadResponse
-	(*ExecRequest)(nil),            // 17: sandboxd.v1.ExecRequest
-	(*ExecStart)(nil),              // 18: sandboxd.v1.ExecStart
-	(*CloseStdin)(nil),             // 19: sandboxd.v1.CloseStdin
-	(*ExecResponse)(nil),           // 20: sandboxd.v1.ExecResponse
-	(*ExecStarted)(nil),            // 21: sandboxd.v1.ExecStarted
-	(*ProcessExit)(nil),            // 22: sandboxd.v1.ProcessExit
-	(*AttachRequest)(nil),          // 23: sandboxd.v1.AttachRequest
-	(*AttachStart)(nil),            // 24: sandboxd.v1.AttachStart
-	(*AttachResponse)(nil),         // 25: sandboxd.v1.AttachResponse
-	(*AttachStarted)(nil),          // 26: sandboxd.v1.AttachStarted
-	(*StreamLogsRequest)(nil),      // 27: sandboxd.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),     // 28: sandboxd.v1.StreamLogsResponse
-	(*CopyInRequest)(nil),          // 29: sandboxd.v1.CopyInRequest
-	(*CopyInStart)(nil),            // 30: sandboxd.v1.CopyInStart
-	(*CopyInResponse)(nil),         // 31: sandboxd.v1.CopyInResponse
-	(*CopyOutRequest)(nil),         // 32: sandboxd.v1.CopyOutRequest
-	(*CopyOutResponse)(nil),        // 33: sandboxd.v1.CopyOutResponse
-	(*GetUsageRequest)(nil),        // 34: sandboxd.v1.GetUsageRequest
-	(*GetUsageResponse)(nil),       // 35: sandboxd.v1.GetUsageResponse
-	(*WatchEventsRequest)(nil),     // 36: sandboxd.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),    // 37: sandboxd.v1.WatchEventsResponse
-	(*GetOCIConfigRequest)(nil),    // 38: sandboxd.v1.GetOCIConfigRequest
-	(*GetOCIConfigResponse)(nil),   // 39: sandboxd.v1.GetOCIConfigResponse
-	nil,                            // 40: sandboxd.v1.CreateWorkloadRequest.LabelsEntry
-	nil,                            // 41: sandboxd.v1.ListWorkloadsRequest.LabelsEntry
-	(*WorkloadSpec)(nil),           // 42: sandboxd.v1.WorkloadSpec
-	(*Workload)(nil),               // 43: sandboxd.v1.Workload
-	(WorkloadState)(0),             // 44: sandboxd.v1.WorkloadState
-	(Isolation)(0),                 // 45: sandboxd.v1.Isolation
-	(*durationpb.Duration)(nil),    // 46: google.protobuf.Duration
-	(*TerminalSize)(nil),           // 47: sandboxd.v1.TerminalSize
-	(*timestamppb.Timestamp)(nil),  // 48: google.protobuf.Timestamp
-	(*Usage)(nil),                  // 49: sandboxd.v1.Usage
-	(*Event)(nil),                  // 50: sandboxd.v1.Event
+	(*UpdateWorkloadRequest)(nil),  // 13: sandboxd.v1.UpdateWorkloadRequest
+	(*UpdateWorkloadResponse)(nil), // 14: sandboxd.v1.UpdateWorkloadResponse
+	(*PauseWorkloadRequest)(nil),   // 15: sandboxd.v1.PauseWorkloadRequest
+	(*PauseWorkloadResponse)(nil),  // 16: sandboxd.v1.PauseWorkloadResponse
+	(*ResumeWorkloadRequest)(nil),  // 17: sandboxd.v1.ResumeWorkloadRequest
+	(*ResumeWorkloadResponse)(nil), // 18: sandboxd.v1.ResumeWorkloadResponse
+	(*WaitWorkloadRequest)(nil),    // 19: sandboxd.v1.WaitWorkloadRequest
+	(*WaitWorkloadResponse)(nil),   // 20: sandboxd.v1.WaitWorkloadResponse
+	(*DeleteWorkloadRequest)(nil),  // 21: sandboxd.v1.DeleteWorkloadRequest
+	(*DeleteWorkloadResponse)(nil), // 22: sandboxd.v1.DeleteWorkloadResponse
+	(*ExecRequest)(nil),            // 23: sandboxd.v1.ExecRequest
+	(*ExecStart)(nil),              // 24: sandboxd.v1.ExecStart
+	(*CloseStdin)(nil),             // 25: sandboxd.v1.CloseStdin
+	(*ExecResponse)(nil),           // 26: sandboxd.v1.ExecResponse
+	(*ExecStarted)(nil),            // 27: sandboxd.v1.ExecStarted
+	(*ProcessExit)(nil),            // 28: sandboxd.v1.ProcessExit
+	(*AttachRequest)(nil),          // 29: sandboxd.v1.AttachRequest
+	(*AttachStart)(nil),            // 30: sandboxd.v1.AttachStart
+	(*AttachResponse)(nil),         // 31: sandboxd.v1.AttachResponse
+	(*AttachStarted)(nil),          // 32: sandboxd.v1.AttachStarted
+	(*StreamLogsRequest)(nil),      // 33: sandboxd.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),     // 34: sandboxd.v1.StreamLogsResponse
+	(*CopyInRequest)(nil),          // 35: sandboxd.v1.CopyInRequest
+	(*CopyInStart)(nil),            // 36: sandboxd.v1.CopyInStart
+	(*CopyInResponse)(nil),         // 37: sandboxd.v1.CopyInResponse
+	(*CopyOutRequest)(nil),         // 38: sandboxd.v1.CopyOutRequest
+	(*CopyOutResponse)(nil),        // 39: sandboxd.v1.CopyOutResponse
+	(*GetUsageRequest)(nil),        // 40: sandboxd.v1.GetUsageRequest
+	(*GetUsageResponse)(nil),       // 41: sandboxd.v1.GetUsageResponse
+	(*WatchEventsRequest)(nil),     // 42: sandboxd.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),    // 43: sandboxd.v1.WatchEventsResponse
+	(*GetOCIConfigRequest)(nil),    // 44: sandboxd.v1.GetOCIConfigRequest
+	(*GetOCIConfigResponse)(nil),   // 45: sandboxd.v1.GetOCIConfigResponse
+	nil,                            // 46: sandboxd.v1.CreateWorkloadRequest.LabelsEntry
+	nil,                            // 47: sandboxd.v1.ListWorkloadsRequest.LabelsEntry
+	(*WorkloadSpec)(nil),           // 48: sandboxd.v1.WorkloadSpec
+	(*Workload)(nil),               // 49: sandboxd.v1.Workload
+	(WorkloadState)(0),             // 50: sandboxd.v1.WorkloadState
+	(Isolation)(0),                 // 51: sandboxd.v1.Isolation
+	(*durationpb.Duration)(nil),    // 52: google.protobuf.Duration
+	(*Resources)(nil),              // 53: sandboxd.v1.Resources
+	(*fieldmaskpb.FieldMask)(nil),  // 54: google.protobuf.FieldMask
+	(*TerminalSize)(nil),           // 55: sandboxd.v1.TerminalSize
+	(*timestamppb.Timestamp)(nil),  // 56: google.protobuf.Timestamp
+	(*Usage)(nil),                  // 57: sandboxd.v1.Usage
+	(*Event)(nil),                  // 58: sandboxd.v1.Event
 }
 var file_sandboxd_v1_workload_service_proto_depIdxs = []int32{
-	40, // 0: sandboxd.v1.CreateWorkloadRequest.labels:type_name -> sandboxd.v1.CreateWorkloadRequest.LabelsEntry
-	42, // 1: sandboxd.v1.CreateWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
-	43, // 2: sandboxd.v1.CreateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	43, // 3: sandboxd.v1.StartWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	43, // 4: sandboxd.v1.GetWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	41, // 5: sandboxd.v1.ListWorkloadsRequest.labels:type_name -> sandboxd.v1.ListWorkloadsRequest.LabelsEntry
-	44, // 6: sandboxd.v1.ListWorkloadsRequest.states:type_name -> sandboxd.v1.WorkloadState
-	45, // 7: sandboxd.v1.ListWorkloadsRequest.isolation:type_name -> sandboxd.v1.Isolation
-	43, // 8: sandboxd.v1.ListWorkloadsResponse.workloads:type_name -> sandboxd.v1.Workload
-	46, // 9: sandboxd.v1.StopWorkloadRequest.grace:type_name -> google.protobuf.Duration
-	43, // 10: sandboxd.v1.StopWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	43, // 11: sandboxd.v1.WaitWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	18, // 12: sandboxd.v1.ExecRequest.start:type_name -> sandboxd.v1.ExecStart
-	19, // 13: sandboxd.v1.ExecRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
-	47, // 14: sandboxd.v1.ExecRequest.resize:type_name -> sandboxd.v1.TerminalSize
-	47, // 15: sandboxd.v1.ExecStart.terminal_size:type_name -> sandboxd.v1.TerminalSize
-	21, // 16: sandboxd.v1.ExecResponse.started:type_name -> sandboxd.v1.ExecStarted
-	22, // 17: sandboxd.v1.ExecResponse.exit:type_name -> sandboxd.v1.ProcessExit
-	24, // 18: sandboxd.v1.AttachRequest.start:type_name -> sandboxd.v1.AttachStart
-	19, // 19: sandboxd.v1.AttachRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
-	47, // 20: sandboxd.v1.AttachRequest.resize:type_name -> sandboxd.v1.TerminalSize
-	26, // 21: sandboxd.v1.AttachResponse.started:type_name -> sandboxd.v1.AttachStarted
-	22, // 22: sandboxd.v1.AttachResponse.exit:type_name -> sandboxd.v1.ProcessExit
-	48, // 23: sandboxd.v1.StreamLogsRequest.since:type_name -> google.protobuf.Timestamp
-	48, // 24: sandboxd.v1.StreamLogsResponse.time:type_name -> google.protobuf.Timestamp
-	0,  // 25: sandboxd.v1.StreamLogsResponse.stream:type_name -> sandboxd.v1.OutputStream
-	30, // 26: sandboxd.v1.CopyInRequest.start:type_name -> sandboxd.v1.CopyInStart
-	49, // 27: sandboxd.v1.GetUsageResponse.usage:type_name -> sandboxd.v1.Usage
-	48, // 28: sandboxd.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
-	50, // 29: sandboxd.v1.WatchEventsResponse.event:type_name -> sandboxd.v1.Event
-	1,  // 30: sandboxd.v1.WorkloadService.CreateWorkload:input_type -> sandboxd.v1.CreateWorkloadRequest
-	3,  // 31: sandboxd.v1.WorkloadService.StartWorkload:input_type -> sandboxd.v1.StartWorkloadRequest
-	5,  // 32: sandboxd.v1.WorkloadService.GetWorkload:input_type -> sandboxd.v1.GetWorkloadRequest
-	7,  // 33: sandboxd.v1.WorkloadService.ListWorkloads:input_type -> sandboxd.v1.ListWorkloadsRequest
-	9,  // 34: sandboxd.v1.WorkloadService.StopWorkload:input_type -> sandboxd.v1.StopWorkloadRequest
-	11, // 35: sandboxd.v1.WorkloadService.KillWorkload:input_type -> sandboxd.v1.KillWorkloadRequest
-	13, // 36: sandboxd.v1.WorkloadService.WaitWorkload:input_type -> sandboxd.v1.WaitWorkloadRequest
-	15, // 37: sandboxd.v1.WorkloadService.DeleteWorkload:input_type -> sandboxd.v1.DeleteWorkloadRequest
-	17, // 38: sandboxd.v1.WorkloadService.Exec:input_type -> sandboxd.v1.ExecRequest
-	23, // 39: sandboxd.v1.WorkloadService.Attach:input_type -> sandboxd.v1.AttachRequest
-	27, // 40: sandboxd.v1.WorkloadService.StreamLogs:input_type -> sandboxd.v1.StreamLogsRequest
-	29, // 41: sandboxd.v1.WorkloadService.CopyIn:input_type -> sandboxd.v1.CopyInRequest
-	32, // 42: sandboxd.v1.WorkloadService.CopyOut:input_type -> sandboxd.v1.CopyOutRequest
-	34, // 43: sandboxd.v1.WorkloadService.GetUsage:input_type -> sandboxd.v1.GetUsageRequest
-	36, // 44: sandboxd.v1.WorkloadService.WatchEvents:input_type -> sandboxd.v1.WatchEventsRequest
-	38, // 45: sandboxd.v1.WorkloadService.GetOCIConfig:input_type -> sandboxd.v1.GetOCIConfigRequest
-	2,  // 46: sandboxd.v1.WorkloadService.CreateWorkload:output_type -> sandboxd.v1.CreateWorkloadResponse
-	4,  // 47: sandboxd.v1.WorkloadService.StartWorkload:output_type -> sandboxd.v1.StartWorkloadResponse
-	6,  // 48: sandboxd.v1.WorkloadService.GetWorkload:output_type -> sandboxd.v1.GetWorkloadResponse
-	8,  // 49: sandboxd.v1.WorkloadService.ListWorkloads:output_type -> sandboxd.v1.ListWorkloadsResponse
-	10, // 50: sandboxd.v1.WorkloadService.StopWorkload:output_type -> sandboxd.v1.StopWorkloadResponse
-	12, // 51: sandboxd.v1.WorkloadService.KillWorkload:output_type -> sandboxd.v1.KillWorkloadResponse
-	14, // 52: sandboxd.v1.WorkloadService.WaitWorkload:output_type -> sandboxd.v1.WaitWorkloadResponse
-	16, // 53: sandboxd.v1.WorkloadService.DeleteWorkload:output_type -> sandboxd.v1.DeleteWorkloadResponse
-	20, // 54: sandboxd.v1.WorkloadService.Exec:output_type -> sandboxd.v1.ExecResponse
-	25, // 55: sandboxd.v1.WorkloadService.Attach:output_type -> sandboxd.v1.AttachResponse
-	28, // 56: sandboxd.v1.WorkloadService.StreamLogs:output_type -> sandboxd.v1.StreamLogsResponse
-	31, // 57: sandboxd.v1.WorkloadService.CopyIn:output_type -> sandboxd.v1.CopyInResponse
-	33, // 58: sandboxd.v1.WorkloadService.CopyOut:output_type -> sandboxd.v1.CopyOutResponse
-	35, // 59: sandboxd.v1.WorkloadService.GetUsage:output_type -> sandboxd.v1.GetUsageResponse
-	37, // 60: sandboxd.v1.WorkloadService.WatchEvents:output_type -> sandboxd.v1.WatchEventsResponse
-	39, // 61: sandboxd.v1.WorkloadService.GetOCIConfig:output_type -> sandboxd.v1.GetOCIConfigResponse
-	46, // [46:62] is the sub-list for method output_type
-	30, // [30:46] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	46, // 0: sandboxd.v1.CreateWorkloadRequest.labels:type_name -> sandboxd.v1.CreateWorkloadRequest.LabelsEntry
+	48, // 1: sandboxd.v1.CreateWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
+	49, // 2: sandboxd.v1.CreateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	49, // 3: sandboxd.v1.StartWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	49, // 4: sandboxd.v1.GetWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	47, // 5: sandboxd.v1.ListWorkloadsRequest.labels:type_name -> sandboxd.v1.ListWorkloadsRequest.LabelsEntry
+	50, // 6: sandboxd.v1.ListWorkloadsRequest.states:type_name -> sandboxd.v1.WorkloadState
+	51, // 7: sandboxd.v1.ListWorkloadsRequest.isolation:type_name -> sandboxd.v1.Isolation
+	49, // 8: sandboxd.v1.ListWorkloadsResponse.workloads:type_name -> sandboxd.v1.Workload
+	52, // 9: sandboxd.v1.StopWorkloadRequest.grace:type_name -> google.protobuf.Duration
+	49, // 10: sandboxd.v1.StopWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 11: sandboxd.v1.UpdateWorkloadRequest.resources:type_name -> sandboxd.v1.Resources
+	54, // 12: sandboxd.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	49, // 13: sandboxd.v1.UpdateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	49, // 14: sandboxd.v1.PauseWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	49, // 15: sandboxd.v1.ResumeWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	49, // 16: sandboxd.v1.WaitWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	24, // 17: sandboxd.v1.ExecRequest.start:type_name -> sandboxd.v1.ExecStart
+	25, // 18: sandboxd.v1.ExecRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
+	55, // 19: sandboxd.v1.ExecRequest.resize:type_name -> sandboxd.v1.TerminalSize
+	55, // 20: sandboxd.v1.ExecStart.terminal_size:type_name -> sandboxd.v1.TerminalSize
+	27, // 21: sandboxd.v1.ExecResponse.started:type_name -> sandboxd.v1.ExecStarted
+	28, // 22: sandboxd.v1.ExecResponse.exit:type_name -> sandboxd.v1.ProcessExit
+	30, // 23: sandboxd.v1.AttachRequest.start:type_name -> sandboxd.v1.AttachStart
+	25, // 24: sandboxd.v1.AttachRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
+	55, // 25: sandboxd.v1.AttachRequest.resize:type_name -> sandboxd.v1.TerminalSize
+	32, // 26: sandboxd.v1.AttachResponse.started:type_name -> sandboxd.v1.AttachStarted
+	28, // 27: sandboxd.v1.AttachResponse.exit:type_name -> sandboxd.v1.ProcessExit
+	56, // 28: sandboxd.v1.StreamLogsRequest.since:type_name -> google.protobuf.Timestamp
+	56, // 29: sandboxd.v1.StreamLogsResponse.time:type_name -> google.protobuf.Timestamp
+	0,  // 30: sandboxd.v1.StreamLogsResponse.stream:type_name -> sandboxd.v1.OutputStream
+	36, // 31: sandboxd.v1.CopyInRequest.start:type_name -> sandboxd.v1.CopyInStart
+	57, // 32: sandboxd.v1.GetUsageResponse.usage:type_name -> sandboxd.v1.Usage
+	56, // 33: sandboxd.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
+	58, // 34: sandboxd.v1.WatchEventsResponse.event:type_name -> sandboxd.v1.Event
+	1,  // 35: sandboxd.v1.WorkloadService.CreateWorkload:input_type -> sandboxd.v1.CreateWorkloadRequest
+	3,  // 36: sandboxd.v1.WorkloadService.StartWorkload:input_type -> sandboxd.v1.StartWorkloadRequest
+	5,  // 37: sandboxd.v1.WorkloadService.GetWorkload:input_type -> sandboxd.v1.GetWorkloadRequest
+	7,  // 38: sandboxd.v1.WorkloadService.ListWorkloads:input_type -> sandboxd.v1.ListWorkloadsRequest
+	9,  // 39: sandboxd.v1.WorkloadService.StopWorkload:input_type -> sandboxd.v1.StopWorkloadRequest
+	11, // 40: sandboxd.v1.WorkloadService.KillWorkload:input_type -> sandboxd.v1.KillWorkloadRequest
+	13, // 41: sandboxd.v1.WorkloadService.UpdateWorkload:input_type -> sandboxd.v1.UpdateWorkloadRequest
+	15, // 42: sandboxd.v1.WorkloadService.PauseWorkload:input_type -> sandboxd.v1.PauseWorkloadRequest
+	17, // 43: sandboxd.v1.WorkloadService.ResumeWorkload:input_type -> sandboxd.v1.ResumeWorkloadRequest
+	19, // 44: sandboxd.v1.WorkloadService.WaitWorkload:input_type -> sandboxd.v1.WaitWorkloadRequest
+	21, // 45: sandboxd.v1.WorkloadService.DeleteWorkload:input_type -> sandboxd.v1.DeleteWorkloadRequest
+	23, // 46: sandboxd.v1.WorkloadService.Exec:input_type -> sandboxd.v1.ExecRequest
+	29, // 47: sandboxd.v1.WorkloadService.Attach:input_type -> sandboxd.v1.AttachRequest
+	33, // 48: sandboxd.v1.WorkloadService.StreamLogs:input_type -> sandboxd.v1.StreamLogsRequest
+	35, // 49: sandboxd.v1.WorkloadService.CopyIn:input_type -> sandboxd.v1.CopyInRequest
+	38, // 50: sandboxd.v1.WorkloadService.CopyOut:input_type -> sandboxd.v1.CopyOutRequest
+	40, // 51: sandboxd.v1.WorkloadService.GetUsage:input_type -> sandboxd.v1.GetUsageRequest
+	42, // 52: sandboxd.v1.WorkloadService.WatchEvents:input_type -> sandboxd.v1.WatchEventsRequest
+	44, // 53: sandboxd.v1.WorkloadService.GetOCIConfig:input_type -> sandboxd.v1.GetOCIConfigRequest
+	2,  // 54: sandboxd.v1.WorkloadService.CreateWorkload:output_type -> sandboxd.v1.CreateWorkloadResponse
+	4,  // 55: sandboxd.v1.WorkloadService.StartWorkload:output_type -> sandboxd.v1.StartWorkloadResponse
+	6,  // 56: sandboxd.v1.WorkloadService.GetWorkload:output_type -> sandboxd.v1.GetWorkloadResponse
+	8,  // 57: sandboxd.v1.WorkloadService.ListWorkloads:output_type -> sandboxd.v1.ListWorkloadsResponse
+	10, // 58: sandboxd.v1.WorkloadService.StopWorkload:output_type -> sandboxd.v1.StopWorkloadResponse
+	12, // 59: sandboxd.v1.WorkloadService.KillWorkload:output_type -> sandboxd.v1.KillWorkloadResponse
+	14, // 60: sandboxd.v1.WorkloadService.UpdateWorkload:output_type -> sandboxd.v1.UpdateWorkloadResponse
+	16, // 61: sandboxd.v1.WorkloadService.PauseWorkload:output_type -> sandboxd.v1.PauseWorkloadResponse
+	18, // 62: sandboxd.v1.WorkloadService.ResumeWorkload:output_type -> sandboxd.v1.ResumeWorkloadResponse
+	20, // 63: sandboxd.v1.WorkloadService.WaitWorkload:output_type -> sandboxd.v1.WaitWorkloadResponse
+	22, // 64: sandboxd.v1.WorkloadService.DeleteWorkload:output_type -> sandboxd.v1.DeleteWorkloadResponse
+	26, // 65: sandboxd.v1.WorkloadService.Exec:output_type -> sandboxd.v1.ExecResponse
+	31, // 66: sandboxd.v1.WorkloadService.Attach:output_type -> sandboxd.v1.AttachResponse
+	34, // 67: sandboxd.v1.WorkloadService.StreamLogs:output_type -> sandboxd.v1.StreamLogsResponse
+	37, // 68: sandboxd.v1.WorkloadService.CopyIn:output_type -> sandboxd.v1.CopyInResponse
+	39, // 69: sandboxd.v1.WorkloadService.CopyOut:output_type -> sandboxd.v1.CopyOutResponse
+	41, // 70: sandboxd.v1.WorkloadService.GetUsage:output_type -> sandboxd.v1.GetUsageResponse
+	43, // 71: sandboxd.v1.WorkloadService.WatchEvents:output_type -> sandboxd.v1.WatchEventsResponse
+	45, // 72: sandboxd.v1.WorkloadService.GetOCIConfig:output_type -> sandboxd.v1.GetOCIConfigResponse
+	54, // [54:73] is the sub-list for method output_type
+	35, // [35:54] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_v1_workload_service_proto_init() }
@@ -2679,34 +3011,34 @@ func file_sandboxd_v1_workload_service_proto_init() {
 		return
 	}
 	file_sandboxd_v1_workload_proto_init()
-	file_sandboxd_v1_workload_service_proto_msgTypes[16].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[22].OneofWrappers = []any{
 		(*ExecRequest_Start)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[19].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[25].OneofWrappers = []any{
 		(*ExecResponse_Started)(nil),
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_Exit)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[22].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[28].OneofWrappers = []any{
 		(*AttachRequest_Start)(nil),
 		(*AttachRequest_Stdin)(nil),
 		(*AttachRequest_CloseStdin)(nil),
 		(*AttachRequest_Resize)(nil),
 		(*AttachRequest_Signal)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[24].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[30].OneofWrappers = []any{
 		(*AttachResponse_Started)(nil),
 		(*AttachResponse_Stdout)(nil),
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[26].OneofWrappers = []any{}
-	file_sandboxd_v1_workload_service_proto_msgTypes[28].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[32].OneofWrappers = []any{}
+	file_sandboxd_v1_workload_service_proto_msgTypes[34].OneofWrappers = []any{
 		(*CopyInRequest_Start)(nil),
 		(*CopyInRequest_Data)(nil),
 	}
@@ -2716,7 +3048,7 @@ func file_sandboxd_v1_workload_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_v1_workload_service_proto_rawDesc), len(file_sandboxd_v1_workload_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   41,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,6 +25,9 @@ const (
 	WorkloadService_ListWorkloads_FullMethodName  = "/sandboxd.v1.WorkloadService/ListWorkloads"
 	WorkloadService_StopWorkload_FullMethodName   = "/sandboxd.v1.WorkloadService/StopWorkload"
 	WorkloadService_KillWorkload_FullMethodName   = "/sandboxd.v1.WorkloadService/KillWorkload"
+	WorkloadService_UpdateWorkload_FullMethodName = "/sandboxd.v1.WorkloadService/UpdateWorkload"
+	WorkloadService_PauseWorkload_FullMethodName  = "/sandboxd.v1.WorkloadService/PauseWorkload"
+	WorkloadService_ResumeWorkload_FullMethodName = "/sandboxd.v1.WorkloadService/ResumeWorkload"
 	WorkloadService_WaitWorkload_FullMethodName   = "/sandboxd.v1.WorkloadService/WaitWorkload"
 	WorkloadService_DeleteWorkload_FullMethodName = "/sandboxd.v1.WorkloadService/DeleteWorkload"
 	WorkloadService_Exec_FullMethodName           = "/sandboxd.v1.WorkloadService/Exec"
@@ -60,6 +63,14 @@ type WorkloadServiceClient interface {
 	StopWorkload(ctx context.Context, in *StopWorkloadRequest, opts ...grpc.CallOption) (*StopWorkloadResponse, error)
 	// KillWorkload sends a signal to the workload's process.
 	KillWorkload(ctx context.Context, in *KillWorkloadRequest, opts ...grpc.CallOption) (*KillWorkloadResponse, error)
+	// UpdateWorkload changes limits: of a running workload at once, of another for its next start. The policy is asked again.
+	// What cannot change while it runs is refused with FAILED_PRECONDITION, and nothing changes then.
+	UpdateWorkload(ctx context.Context, in *UpdateWorkloadRequest, opts ...grpc.CallOption) (*UpdateWorkloadResponse, error)
+	// PauseWorkload makes every process of a running workload stand still, also across restarts of the daemon. Pausing a
+	// paused one changes nothing.
+	PauseWorkload(ctx context.Context, in *PauseWorkloadRequest, opts ...grpc.CallOption) (*PauseWorkloadResponse, error)
+	// ResumeWorkload lets a paused one go on.
+	ResumeWorkload(ctx context.Context, in *ResumeWorkloadRequest, opts ...grpc.CallOption) (*ResumeWorkloadResponse, error)
 	// WaitWorkload answers when the workload has exited or failed.
 	WaitWorkload(ctx context.Context, in *WaitWorkloadRequest, opts ...grpc.CallOption) (*WaitWorkloadResponse, error)
 	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force.
@@ -143,6 +154,36 @@ func (c *workloadServiceClient) KillWorkload(ctx context.Context, in *KillWorklo
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(KillWorkloadResponse)
 	err := c.cc.Invoke(ctx, WorkloadService_KillWorkload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *workloadServiceClient) UpdateWorkload(ctx context.Context, in *UpdateWorkloadRequest, opts ...grpc.CallOption) (*UpdateWorkloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateWorkloadResponse)
+	err := c.cc.Invoke(ctx, WorkloadService_UpdateWorkload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *workloadServiceClient) PauseWorkload(ctx context.Context, in *PauseWorkloadRequest, opts ...grpc.CallOption) (*PauseWorkloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseWorkloadResponse)
+	err := c.cc.Invoke(ctx, WorkloadService_PauseWorkload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *workloadServiceClient) ResumeWorkload(ctx context.Context, in *ResumeWorkloadRequest, opts ...grpc.CallOption) (*ResumeWorkloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeWorkloadResponse)
+	err := c.cc.Invoke(ctx, WorkloadService_ResumeWorkload_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -308,6 +349,14 @@ type WorkloadServiceServer interface {
 	StopWorkload(context.Context, *StopWorkloadRequest) (*StopWorkloadResponse, error)
 	// KillWorkload sends a signal to the workload's process.
 	KillWorkload(context.Context, *KillWorkloadRequest) (*KillWorkloadResponse, error)
+	// UpdateWorkload changes limits: of a running workload at once, of another for its next start. The policy is asked again.
+	// What cannot change while it runs is refused with FAILED_PRECONDITION, and nothing changes then.
+	UpdateWorkload(context.Context, *UpdateWorkloadRequest) (*UpdateWorkloadResponse, error)
+	// PauseWorkload makes every process of a running workload stand still, also across restarts of the daemon. Pausing a
+	// paused one changes nothing.
+	PauseWorkload(context.Context, *PauseWorkloadRequest) (*PauseWorkloadResponse, error)
+	// ResumeWorkload lets a paused one go on.
+	ResumeWorkload(context.Context, *ResumeWorkloadRequest) (*ResumeWorkloadResponse, error)
 	// WaitWorkload answers when the workload has exited or failed.
 	WaitWorkload(context.Context, *WaitWorkloadRequest) (*WaitWorkloadResponse, error)
 	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force.
@@ -354,6 +403,15 @@ func (UnimplementedWorkloadServiceServer) StopWorkload(context.Context, *StopWor
 }
 func (UnimplementedWorkloadServiceServer) KillWorkload(context.Context, *KillWorkloadRequest) (*KillWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method KillWorkload not implemented")
+}
+func (UnimplementedWorkloadServiceServer) UpdateWorkload(context.Context, *UpdateWorkloadRequest) (*UpdateWorkloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UpdateWorkload not implemented")
+}
+func (UnimplementedWorkloadServiceServer) PauseWorkload(context.Context, *PauseWorkloadRequest) (*PauseWorkloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PauseWorkload not implemented")
+}
+func (UnimplementedWorkloadServiceServer) ResumeWorkload(context.Context, *ResumeWorkloadRequest) (*ResumeWorkloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeWorkload not implemented")
 }
 func (UnimplementedWorkloadServiceServer) WaitWorkload(context.Context, *WaitWorkloadRequest) (*WaitWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method WaitWorkload not implemented")
@@ -514,6 +572,60 @@ func _WorkloadService_KillWorkload_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _WorkloadService_UpdateWorkload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateWorkloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkloadServiceServer).UpdateWorkload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: WorkloadService_UpdateWorkload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkloadServiceServer).UpdateWorkload(ctx, req.(*UpdateWorkloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _WorkloadService_PauseWorkload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseWorkloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkloadServiceServer).PauseWorkload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: WorkloadService_PauseWorkload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkloadServiceServer).PauseWorkload(ctx, req.(*PauseWorkloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _WorkloadService_ResumeWorkload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeWorkloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkloadServiceServer).ResumeWorkload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: WorkloadService_ResumeWorkload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkloadServiceServer).ResumeWorkload(ctx, req.(*ResumeWorkloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _WorkloadService_WaitWorkload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(WaitWorkloadRequest)
 	if err := dec(in); err != nil {
@@ -670,6 +782,18 @@ var WorkloadService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "KillWorkload",
 			Handler:    _WorkloadService_KillWorkload_Handler,
+		},
+		{
+			MethodName: "UpdateWorkload",
+			Handler:    _WorkloadService_UpdateWorkload_Handler,
+		},
+		{
+			MethodName: "PauseWorkload",
+			Handler:    _WorkloadService_PauseWorkload_Handler,
+		},
+		{
+			MethodName: "ResumeWorkload",
+			Handler:    _WorkloadService_ResumeWorkload_Handler,
 		},
 		{
 			MethodName: "WaitWorkload",

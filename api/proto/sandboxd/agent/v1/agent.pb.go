@@ -1763,8 +1763,10 @@ type StatsResponse struct {
 	DiskUsedBytes  uint64 `protobuf:"varint,5,opt,name=disk_used_bytes,json=diskUsedBytes,proto3" json:"disk_used_bytes,omitempty"`
 	DiskTotalBytes uint64 `protobuf:"varint,6,opt,name=disk_total_bytes,json=diskTotalBytes,proto3" json:"disk_total_bytes,omitempty"`
 	Pids           uint64 `protobuf:"varint,7,opt,name=pids,proto3" json:"pids,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Processes that a guest's kernel has killed for want of memory since it booted; zero in a container.
+	OomKills      uint64 `protobuf:"varint,264,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatsResponse) Reset() {
@@ -1842,6 +1844,13 @@ func (x *StatsResponse) GetDiskTotalBytes() uint64 {
 func (x *StatsResponse) GetPids() uint64 {
 	if x != nil {
 		return x.Pids
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetOomKills() uint64 {
+	if x != nil {
+		return x.OomKills
 	}
 	return 0
 }
@@ -2048,7 +2057,7 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\fDIRECTION_IN\x10\x01\x12\x11\n" +
 	"\rDIRECTION_OUT\x10\x02\"\x0e\n" +
 	"\fCopyResponse\"\x0e\n" +
-	"\fStatsRequest\"\xaf\x02\n" +
+	"\fStatsRequest\"\xcd\x02\n" +
 	"\rStatsResponse\x12,\n" +
 	"\x12memory_total_bytes\x18\x01 \x01(\x04R\x10memoryTotalBytes\x124\n" +
 	"\x16memory_available_bytes\x18\x02 \x01(\x04R\x14memoryAvailableBytes\x12,\n" +
@@ -2056,7 +2065,8 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x0fagent_rss_bytes\x18\x04 \x01(\x04R\ragentRssBytes\x12&\n" +
 	"\x0fdisk_used_bytes\x18\x05 \x01(\x04R\rdiskUsedBytes\x12(\n" +
 	"\x10disk_total_bytes\x18\x06 \x01(\x04R\x0ediskTotalBytes\x12\x12\n" +
-	"\x04pids\x18\a \x01(\x04R\x04pids\",\n" +
+	"\x04pids\x18\a \x01(\x04R\x04pids\x12\x1c\n" +
+	"\toom_kills\x18\x88\x02 \x01(\x04R\boomKills\",\n" +
 	"\x0fShutdownRequest\x12\x19\n" +
 	"\bgrace_ms\x18\x01 \x01(\rR\agraceMs\"\x12\n" +
 	"\x10ShutdownResponse*F\n" +
