@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // makeDir makes a directory only root can enter, its parents as others make them. One that exists must be a real
@@ -27,6 +29,9 @@ func makeDir(path string) error {
 }
 
 func checkDir(path string) error {
+	if weaken.Without("check directories") {
+		return nil
+	}
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("cannot use directory %s: it must be a directory and no symbolic link: %w", path, err)

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // confined is a process as it shall run: everything decided by the daemon but the user, which only the image's own files
@@ -74,6 +75,9 @@ var confinement = []struct {
 func (c *confined) become(status int) *stageFailure {
 	c.status = status
 	for _, step := range confinement {
+		if weaken.Without(step.name) {
+			continue
+		}
 		if err := step.do(c); err != nil {
 			var own *stageFailure
 			if errors.As(err, &own) {
@@ -142,7 +146,7 @@ func (c *confined) workdir() error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.Cwd, err)
 	}
-	if n < 1 || buf[0] != '/' {
+	if (n < 1 || buf[0] != '/') && !weaken.Without("check the working directory") {
 		return fmt.Errorf("%s is outside the root", c.Cwd)
 	}
 	return nil

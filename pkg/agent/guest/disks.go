@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -36,6 +38,9 @@ func (w *vmWall) mountRoot() (*os.File, error) {
 		{w.boot.ImageSerial, "erofs", imageDir, unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV, "the image; the drive is read-only on the host's side too"},
 		{w.boot.DiskSerial, "ext4", diskDir, unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RELATIME, "the writable layer"},
 	} {
+		if weaken.Without("nodev") {
+			m.attrs &^= unix.MOUNT_ATTR_NODEV
+		}
 		device, err := findDisk(m.serial)
 		if err != nil {
 			return nil, err
@@ -54,6 +59,9 @@ func (w *vmWall) mountRoot() (*os.File, error) {
 	overlay := mountOptions{
 		attrs: unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RELATIME,
 		data:  []string{"lowerdir=" + imageDir, "upperdir=" + diskDir + "/upper", "workdir=" + diskDir + "/work"},
+	}
+	if weaken.Without("nodev") {
+		overlay.attrs &^= unix.MOUNT_ATTR_NODEV
 	}
 	if err := mountAt("overlay", "overlay", rootDir, overlay); err != nil {
 		return nil, err

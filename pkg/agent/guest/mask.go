@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // guardedFilesystems are what masked and read-only paths must lie on: a link of the image must not lead a guard away from
@@ -36,7 +38,9 @@ func (r *rootfs) openGuarded(name string) (*os.File, error) {
 		// Other file systems may be mounted further down (binfmt_misc, cgroup); its first component decides.
 		top, err := openIn(r.dir, g.prefix, unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_NO_SYMLINKS)
 		if err == nil {
-			err = checkFilesystem(top, g.magic)
+			if err = checkFilesystem(top, g.magic); weaken.Without("check that proc is proc") {
+				err = nil
+			}
 			top.Close()
 		}
 		if err != nil {

@@ -8,6 +8,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // rootfs is a container's root while it is built. The agent still has its old root, so every name in the new one is
@@ -56,6 +58,9 @@ func (r *rootfs) run() (*root, error) {
 		return nil, err
 	}
 	for _, step := range build {
+		if weaken.Without(step.name) {
+			continue
+		}
 		end := phase("root: " + step.name)
 		err := step.do(r)
 		end()
@@ -98,6 +103,9 @@ func (r *rootfs) makeWorkdir() error {
 
 func (r *rootfs) mounts() error {
 	for _, m := range r.config.Mounts {
+		if weaken.Without(m.Destination) {
+			continue
+		}
 		if err := r.mount(m); err != nil {
 			return fmt.Errorf("%s: %w", m.Destination, err)
 		}
@@ -212,7 +220,7 @@ func (r *rootfs) keep() error {
 	if r.result.proc, err = openIn(r.dir, "/proc", unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_NO_SYMLINKS); err != nil {
 		return err
 	}
-	if err := checkFilesystem(r.result.proc, unix.PROC_SUPER_MAGIC); err != nil {
+	if err := checkFilesystem(r.result.proc, unix.PROC_SUPER_MAGIC); err != nil && !weaken.Without("check that proc is proc") {
 		return err
 	}
 	if r.result.null, err = openIn(r.dir, "/dev/null", unix.O_RDWR, unix.RESOLVE_NO_SYMLINKS); err != nil {

@@ -17,6 +17,7 @@ import (
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // Service answers the daemon. It implements agentv1.AgentServiceService.
@@ -111,6 +112,9 @@ func (s *Service) CreateContainer(_ context.Context, r *agentv1.CreateContainerR
 		if err := checkFilter(filter); err != nil {
 			return nil, invalid("%v", err)
 		}
+	}
+	if config.Process != nil {
+		weaken.Adopt(config.Process.Env)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // StageName is the argv[0] by which the agent's program knows that it is the child between fork and execve.
@@ -60,6 +61,9 @@ func RunStage() {
 	if err != nil {
 		fail(&stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, err.Error()})
 	}
+	if spec.Process != nil {
+		weaken.Adopt(spec.Process.Env)
+	}
 	if status, err = closeOthers(stageStatusFD); err != nil {
 		fail(&stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, err.Error()})
 	}
@@ -102,6 +106,14 @@ func closeOthers(keep int) (int, error) {
 	const to = 3
 	if err := unix.Dup3(keep, to, unix.O_CLOEXEC); err != nil {
 		return keep, fmt.Errorf("cannot move the status pipe: %w", err)
+	}
+	if weaken.Without("close inherited descriptors") {
+		// A descriptor of something outside the root, as runc once left one.
+		if _, err := unix.Open(".", unix.O_PATH, 0); err != nil {
+			return to, err
+		}
+		unix.CloseOnExec(stageStatusFD)
+		return to, nil
 	}
 	if err := unix.CloseRange(to+1, ^uint(0)>>32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return to, fmt.Errorf("cannot have inherited descriptors closed: %w", err)

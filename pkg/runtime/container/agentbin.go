@@ -8,6 +8,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // agentBinary is the agent's program in a sealed memory file of mode 0111: executable, but readable by nobody. The kernel
@@ -56,6 +58,9 @@ func (a *agentBinary) open() (*os.File, error) {
 func fill(f, src *os.File, seals int) error {
 	if _, err := io.Copy(f, src); err != nil {
 		return err
+	}
+	if weaken.Without("seal the agent") {
+		return f.Chmod(0o755)
 	}
 	if err := f.Chmod(0o111); err != nil {
 		return err

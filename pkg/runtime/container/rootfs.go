@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // rootfs is what a sandbox's root is made of. All descriptors are the caller's.
@@ -64,6 +66,9 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 		{lower, dir + "/image", unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV},
 		{r.layer, dir + "/layer", unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_NODEV},
 	} {
+		if weaken.Without("nodev") {
+			layer.attrs &^= unix.MOUNT_ATTR_NODEV
+		}
 		if err := setAttr(layer.mount, unix.MountAttr{Attr_set: layer.attrs, Userns_fd: uint64(r.userns.Fd())}); err != nil {
 			return nil, nil, fmt.Errorf("cannot show %s with the sandbox's ids: %w", filepath.Base(layer.dir), err)
 		}
@@ -77,7 +82,11 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 		return nil, nil, err
 	}
 	err = asRootOf(r.base, func() (err error) {
-		root, err = mountFS("overlay", unix.MOUNT_ATTR_NODEV,
+		attrs := unix.MOUNT_ATTR_NODEV
+		if weaken.Without("nodev") {
+			attrs = 0
+		}
+		root, err = mountFS("overlay", attrs,
 			option{"source", "sandbox"},
 			option{"lowerdir", dir + "/image"},
 			option{"upperdir", dir + "/layer/upper"},

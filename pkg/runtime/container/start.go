@@ -15,6 +15,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // devices are all that a sandbox may open. A user namespace may make no nodes, and file systems in it have none; but an
@@ -220,7 +221,11 @@ func (st *start) allocateIDs(context.Context) (err error) {
 }
 
 func (st *start) makeGroup(context.Context) (err error) {
-	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, st.r.limits(st.s.Resources))
+	limits := st.r.limits(st.s.Resources)
+	if weaken.Without("list of devices") {
+		limits.Devices = nil
+	}
+	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, limits)
 	return err
 }
 

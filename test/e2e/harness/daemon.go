@@ -34,6 +34,9 @@ var idDir string
 // Daemon is a sandboxd of the test's own, in directories of its own.
 type Daemon struct {
 	Name, RunDir, StateDir, logPath, Address string
+	// The program, bin/sandboxd unless a test sets another before Start, and what its environment has besides this process's.
+	Program string
+	Env     []string
 	// Further arguments.
 	Args []string
 	// Its own network namespace; nil for the machine's.
@@ -63,6 +66,7 @@ func NewDaemon(name string, args ...string) (*Daemon, error) {
 		return nil, err
 	}
 	d := &Daemon{
+		Program:  sandboxd,
 		Name:     name,
 		RunDir:   runDir,
 		StateDir: stateDir,
@@ -89,7 +93,8 @@ func (d *Daemon) Start() error {
 		"--listen", d.Address, "--state-dir", d.StateDir, "--run-dir", d.RunDir,
 		"--vm-accel", "auto", "--vm-kernel", guestKernel, "--cgroup-parent", d.CgroupParent(), "--id-dir", idDir,
 	}, d.Args...)
-	d.Cmd = d.Within(append([]string{sandboxd}, args...)...)
+	d.Cmd = d.Within(append([]string{d.Program}, args...)...)
+	d.Cmd.Env = append(os.Environ(), d.Env...)
 	d.Cmd.Stdout, d.Cmd.Stderr = log, log
 	if err := StartChild(d.Cmd); err != nil {
 		return fmt.Errorf("cannot start sandboxd: %w", err)

@@ -1,0 +1,35 @@
+//go:build sandboxd_weaken
+
+// Package weaken is described in off.go.
+package weaken
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+)
+
+// Variable names the protections to do without, with commas between them: in the daemon's environment for what the daemon
+// does, in a workload's for what happens inside.
+const Variable = "SANDBOXD_WEAKEN"
+
+var adopted atomic.Pointer[[]string]
+
+// Adopt is for a test build: see off.go.
+func Adopt(env []string) {
+	for _, e := range env {
+		if list, ok := strings.CutPrefix(e, Variable+"="); ok {
+			names := strings.Split(list, ",")
+			adopted.Store(&names)
+		}
+	}
+}
+
+// Without is for a test build: see off.go.
+func Without(protection string) bool {
+	if names := adopted.Load(); names != nil && slices.Contains(*names, protection) {
+		return true
+	}
+	return slices.Contains(strings.Split(os.Getenv(Variable), ","), protection)
+}

@@ -1,0 +1,188 @@
+package attack
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
+)
+
+const weakenVariable = "SANDBOXD_WEAKEN"
+
+func commandWith(program string, env []string, args ...string) *exec.Cmd {
+	cmd := exec.Command(program, args...)
+	cmd.Env = append(os.Environ(), env...)
+	return cmd
+}
+
+// weakDaemon is a test build, with the daemon's own protections host left out; it has the hostile image.
+func weakDaemon(t *testing.T, bin string, host string) *harness.Daemon {
+	t.Helper()
+	d, err := harness.NewDaemon("weak")
+	harness.Must(t, err)
+	t.Cleanup(func() {
+		if err := d.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	d.Program, d.Env = filepath.Join(bin, "sandboxd"), []string{weakenVariable + "=" + host}
+	d.MustStart(t)
+	return d
+}
+
+func buildWeak(t *testing.T) string {
+	t.Helper()
+	bin := t.TempDir() + "/"
+	build(t, "-tags", "sandboxd_weaken", "-o", bin, "./cmd/sandboxd", "./cmd/sandbox-agent", "./cmd/sandbox-vsock")
+	return bin
+}
+
+// Each attack succeeds where what should stop it is left out, so its being blocked elsewhere is that protection's work.
+func TestNegativeControls(t *testing.T) {
+	bin := buildWeak(t)
+	d := weakDaemon(t, bin, "seal the agent,nodev,list of devices")
+	importHostile(t, d, hostileImage(t, buildPayload(t)))
+	for _, iso := range harness.Isolations {
+		t.Run(iso, func(t *testing.T) {
+			w := d.Wall(iso)
+			// One start for all attacks that the same protections stop.
+			type group struct{ without, user, flags string }
+			groups := map[group][]string{}
+			for _, a := range attacks {
+				without := a.container
+				if iso == "vm" {
+					without = a.vm
+				}
+				if without != "" {
+					g := group{without, a.user, strings.Join(a.flags, " ")}
+					groups[g] = append(groups[g], a.name)
+				}
+			}
+			if iso == "container" {
+				g := group{"nodev", "", ""}
+				groups[g] = append(groups[g], "devices")
+			}
+			for g, names := range groups {
+				args := append([]string{"-e", weakenVariable + "=" + g.without}, strings.Fields(g.flags)...)
+				if g.user != "" {
+					args = append(args, "-u", g.user)
+				}
+				r := w.Run(append(append(args, hostile, "/attack"), names...)...).Run()
+				if r.Code != 0 {
+					t.Errorf("without %s: exit code %d: %s", g.without, r.Code, r.Stderr)
+					continue
+				}
+				got := verdicts(t, r.Stdout)
+				for _, name := range names {
+					if v := got[name]; v[0] != "succeeded" {
+						t.Errorf("%s without %q: %s: %s", name, g.without, v[0], v[1])
+					}
+				}
+			}
+			r := w.Run("-e", weakenVariable+"=check the working directory", "-w", "/proc/self/cwd", hostile, "/attack", "workdir").Run()
+			if !strings.Contains(r.Stdout, "succeeded") {
+				t.Errorf("a working directory outside, unchecked: exit code %d, %q, %q", r.Code, r.Stdout, r.Stderr)
+			}
+			links(t, w)
+		})
+	}
+}
+
+// links: what leaving out the checks of mounts leads to. That both are refused by a whole build is TestLinksInTheWayOfMounts.
+func links(t *testing.T, w harness.Wall) {
+	t.Helper()
+	r := w.Run("-e", weakenVariable+"=check that proc is proc,go to the agent's own proc", "--tmpfs", "/link-proc", hostile, "/attack", "fake-proc").Run()
+	if r.Code == 0 && !strings.Contains(r.Stdout, "succeeded") {
+		t.Errorf("a tmpfs at /proc, unchecked: exit code %d, %q, %q", r.Code, r.Stdout, r.Stderr)
+	}
+	if w.Isolation == "container" {
+		// The agent is led to the host's own /etc, where it is nobody.
+		r = w.Run("-e", weakenVariable+"=resolve inside the root", hostile, "/attack", "workdir").Run()
+		if r.Code != 125 || !strings.Contains(r.Stderr, "/etc") || !strings.Contains(r.Stderr, "denied") {
+			t.Errorf("paths resolved outside: exit code %d, %q, %q", r.Code, r.Stdout, r.Stderr)
+		}
+	}
+	// Another wall behind the first: the image's own /dev/null is in the way.
+	r = w.Run("-e", weakenVariable+"=/dev", hostile, "/attack", "fake-dev").Run()
+	if r.Code == 0 || !strings.Contains(r.Stderr, "null") {
+		t.Errorf("the image's own /dev: exit code %d, %q, %q", r.Code, r.Stdout, r.Stderr)
+	}
+}
+
+// A link of the image where a mount is to go must not lead the mount onto what protections rest on.
+func TestLinksInTheWayOfMounts(t *testing.T) {
+	importHostile(t, shared, hostileImage(t, buildPayload(t)))
+	harness.Both(t, shared, func(t *testing.T, w harness.Wall) {
+		r := w.Run("--tmpfs", "/link-proc", hostile, "/attack", "fake-proc").Run()
+		if r.Code != 125 || !strings.Contains(r.Stderr, "file system") {
+			t.Errorf("a tmpfs on a link to /proc: exit code %d, %q, %q", r.Code, r.Stdout, r.Stderr)
+		}
+	})
+}
+
+// Directories that others could have put there are refused: root would write where they like.
+func TestLinkedDirectories(t *testing.T) {
+	bin := buildWeak(t)
+	for _, c := range []struct {
+		what string
+		make func(t *testing.T, dir string)
+	}{
+		{"a link", func(t *testing.T, dir string) { harness.Must(t, os.Symlink(t.TempDir(), dir)) }},
+		{"one that others write to", func(t *testing.T, dir string) {
+			harness.Must(t, os.Mkdir(dir, 0o700))
+			harness.Must(t, os.Chmod(dir, 0o777))
+		}},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "state")
+			c.make(t, dir)
+			for _, weak := range []bool{false, true} {
+				d, err := harness.NewDaemon("linked", "--state-dir", dir)
+				harness.Must(t, err)
+				if weak {
+					d.Program, d.Env = filepath.Join(bin, "sandboxd"), []string{weakenVariable + "=check directories"}
+				}
+				err = d.Start()
+				if !weak && (err == nil || !strings.Contains(err.Error(), "cannot use directory")) {
+					t.Errorf("started: %v", err)
+				}
+				if weak && err != nil {
+					t.Errorf("without the check: %v", err)
+				}
+				harness.Must(t, d.Terminate())
+				_ = d.Discard() // its group exists only where it ran
+			}
+		})
+	}
+}
+
+// What a test build can leave out is in no other build. That the test can find it, the test build shows.
+func TestProductionIsWhole(t *testing.T) {
+	has := func(path string) bool {
+		b, err := os.ReadFile(path)
+		harness.Must(t, err)
+		return bytes.Contains(b, []byte(weakenVariable))
+	}
+	bin := buildWeak(t)
+	for _, name := range []string{"sandboxd", "sandbox-agent"} {
+		if !has(filepath.Join(bin, name)) {
+			t.Errorf("the test build of %s has no %s: the test finds nothing", name, weakenVariable)
+		}
+	}
+	programs, err := filepath.Glob(filepath.Join(harness.Root, "bin/*"))
+	harness.Must(t, errors.Join(err))
+	if !slices.ContainsFunc(programs, func(p string) bool { return filepath.Base(p) == "sandboxd" }) {
+		t.Fatal("no bin/sandboxd: run make build")
+	}
+	for _, p := range programs {
+		if has(p) {
+			t.Errorf("%s can do without protections", p)
+		}
+	}
+}
