@@ -22,9 +22,9 @@ type agentCall struct {
 // newNamespaces are clone(2)'s flags for namespaces: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 const newNamespaces = 0x7e020000
 
-// agentCalls were found by tracing the agent and its stages (the program between fork and the workload's first instruction)
-// through starts, execs, terminals, copies both ways, signals and shutdown. A stage inherits the agent's filter, so what it
-// does is here too.
+// agentCalls are what the agent and its stages (the programs between fork and the workload's first instruction) are written
+// to call, and what TestAgentWorksUnderANarrowProfile shows to be enough for starts, execs, terminals, copies both ways,
+// signals and shutdown. A stage inherits the agent's filter, so what it does is here too.
 var agentCalls = []agentCall{
 	{names: []string{"mmap", "munmap", "mprotect", "madvise", "mincore", "brk", "futex", "sched_yield", "sched_getaffinity", "nanosleep", "clock_nanosleep",
 		"clock_gettime", "getpid", "gettid", "tgkill", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "arch_prctl",
