@@ -20,7 +20,7 @@ input, and exits with the process's code. It may be called before the start.`,
   sandboxctl start shell && sandboxctl attach shell`,
 		Args: exactArgs(1, "WORKLOAD"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := client.Dial(a.address)
+			c, err := a.dial()
 			if err != nil {
 				return err
 			}

@@ -35,7 +35,7 @@ away the command is ended.`,
 			if tty {
 				start.TerminalSize = terminalOf(a.stdin).size()
 			}
-			c, err := client.Dial(a.address)
+			c, err := a.dial()
 			if err != nil {
 				return err
 			}

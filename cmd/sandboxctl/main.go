@@ -30,7 +30,19 @@ type app struct {
 	stdout, stderr io.Writer
 
 	address string
+	tls     client.TLS
 	format  string
+}
+
+// dial makes a client for the address of the flags.
+func (a *app) dial() (*client.Client, error) {
+	if strings.HasPrefix(a.address, "tcp://") {
+		if a.tls.CA == "" || a.tls.Cert == "" || a.tls.Key == "" {
+			return nil, fmt.Errorf("cannot use address %q: over TCP both sides show certificates: give --tls-ca, --tls-cert and --tls-key", a.address)
+		}
+		return client.DialTLS(a.address, a.tls)
+	}
+	return client.Dial(a.address)
 }
 
 // main runs the command line and returns the exit code. It prints errors; nothing else does.
@@ -77,6 +89,10 @@ request is at fault; 126 when the command cannot be executed; 127 when it is not
 		address = client.DefaultAddress
 	}
 	root.PersistentFlags().StringVar(&a.address, "address", address, "where sandboxd answers; SANDBOXD_ADDRESS sets it too")
+	root.PersistentFlags().StringVar(&a.tls.CA, "tls-ca", os.Getenv("SANDBOXD_TLS_CA"), "over tcp://: authority of the daemon's certificate, PEM; SANDBOXD_TLS_CA sets it too")
+	root.PersistentFlags().StringVar(&a.tls.Cert, "tls-cert", os.Getenv("SANDBOXD_TLS_CERT"), "over tcp://: certificate of the caller, PEM; SANDBOXD_TLS_CERT sets it too")
+	root.PersistentFlags().StringVar(&a.tls.Key, "tls-key", os.Getenv("SANDBOXD_TLS_KEY"), "over tcp://: its key; SANDBOXD_TLS_KEY sets it too")
+	root.PersistentFlags().StringVar(&a.tls.ServerName, "tls-server-name", "", "over tcp://: name in the daemon's certificate, if not the address's host")
 	root.PersistentFlags().StringVar(&a.format, "format", formatTable, "table, or json: the protojson of the API's messages")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, err) })
 	root.SetIn(a.stdin)
@@ -112,7 +128,7 @@ const (
 // call makes the body of a command that talks to the daemon and that a signal ends.
 func (a *app) call(fn func(ctx context.Context, c *client.Client, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
-		c, err := client.Dial(a.address)
+		c, err := a.dial()
 		if err != nil {
 			return err
 		}

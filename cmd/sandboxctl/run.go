@@ -41,7 +41,7 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 					return a.runDetached(ctx, c, request)
 				})(cmd, args)
 			}
-			c, err := client.Dial(a.address)
+			c, err := a.dial()
 			if err != nil {
 				return err
 			}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -29,6 +30,10 @@ type config struct {
 	runDir      string
 	idDir       string
 	policy      string
+	access      string
+	tlsCert     string
+	tlsKey      string
+	tlsClientCA string
 	vmAccel     string
 	vmKVMTrial  time.Duration
 	vmKernel    string
@@ -52,12 +57,16 @@ func (c *config) flags() *pflag.FlagSet {
 	f := pflag.NewFlagSet("sandboxd", pflag.ContinueOnError)
 	f.SortFlags = false
 	f.StringVar(&c.configFile, "config", "", "YAML file whose keys are the names of these flags; a flag that is given wins")
-	f.StringVar(&c.listen, "listen", "unix:///run/sandboxd/sandboxd.sock", "socket to answer on; one passed by systemd wins")
+	f.StringVar(&c.listen, "listen", "unix:///run/sandboxd/sandboxd.sock", "socket to answer on; one passed by systemd wins. After a comma also tcp://HOST:PORT, which needs --access and the --tls flags")
 	f.StringVar(&c.socketGroup, "socket-group", "", "group whose members may call the daemon, besides root")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sandboxd", "directory of images, records, logs and writable layers")
 	f.StringVar(&c.runDir, "run-dir", "/run/sandboxd", "directory of what does not outlive a boot")
 	f.StringVar(&c.idDir, "id-dir", "/run/sandboxd/ids", "directory in which all daemons of this host share out user ids")
 	f.StringVar(&c.policy, "policy", "", "policy file; without one callers choose the isolation, and auto means vm")
+	f.StringVar(&c.access, "access", "", "file of roles: who may do what; without one whoever the socket's mode lets in may do everything. SIGHUP reads it again")
+	f.StringVar(&c.tlsCert, "tls-cert", "", "certificate to show over TCP, PEM; read again when it changes, as the next two")
+	f.StringVar(&c.tlsKey, "tls-key", "", "its key")
+	f.StringVar(&c.tlsClientCA, "tls-client-ca", "", "authorities whose certificates callers over TCP must show")
 	f.StringVar(&c.vmAccel, "vm-accel", "kvm", "how VMs run: kvm, tcg (software emulation, for development), or auto (kvm where it works)")
 	f.DurationVar(&c.vmKVMTrial, "vm-kvm-trial", 10*time.Second, "how long the guest that tries KVM out may take; a host that is itself emulated needs more")
 	f.StringVar(&c.vmKernel, "vm-kernel", "", "guest kernel, a vmlinuz; searched for when empty")
@@ -131,7 +140,7 @@ func readConfigFile(path string, f *pflag.FlagSet) error {
 }
 
 func (c *config) check() error {
-	if _, err := c.socketPath(); err != nil {
+	if _, _, err := c.addresses(); err != nil {
 		return err
 	}
 	for _, dir := range []struct{ flag, path string }{{"state-dir", c.stateDir}, {"run-dir", c.runDir}, {"id-dir", c.idDir}} {
@@ -178,15 +187,36 @@ func (c *config) checkCNI() error {
 // maxSocketPath is what a sockaddr_un holds, its final NUL counted.
 const maxSocketPath = 107
 
-func (c *config) socketPath() (string, error) {
-	path, ok := strings.CutPrefix(c.listen, "unix://")
-	if !ok || !filepath.IsAbs(path) {
-		return "", fmt.Errorf("cannot listen on %q: give an address such as unix:///run/sandboxd/sandboxd.sock", c.listen)
+// addresses are the path of the Unix socket and the host:port pairs to listen on.
+func (c *config) addresses() (socket string, tcp []string, err error) {
+	for address := range strings.SplitSeq(c.listen, ",") {
+		if hostPort, ok := strings.CutPrefix(address, "tcp://"); ok {
+			if _, _, err := net.SplitHostPort(hostPort); err != nil {
+				return "", nil, fmt.Errorf("cannot listen on %q: %w: give an address such as tcp://10.0.0.1:7443", address, err)
+			}
+			tcp = append(tcp, hostPort)
+			continue
+		}
+		path, ok := strings.CutPrefix(address, "unix://")
+		if !ok || !filepath.IsAbs(path) || socket != "" {
+			return "", nil, fmt.Errorf("cannot listen on %q: give one address such as unix:///run/sandboxd/sandboxd.sock, and beside it those such as tcp://10.0.0.1:7443", c.listen)
+		}
+		if len(path) > maxSocketPath {
+			return "", nil, fmt.Errorf("cannot listen on %q: the kernel allows socket paths of at most %d bytes", address, maxSocketPath)
+		}
+		socket = path
 	}
-	if len(path) > maxSocketPath {
-		return "", fmt.Errorf("cannot listen on %q: the kernel allows socket paths of at most %d bytes", c.listen, maxSocketPath)
+	if socket == "" {
+		return "", nil, fmt.Errorf("cannot listen on %q: it needs a Unix socket too, such as unix:///run/sandboxd/sandboxd.sock", c.listen)
 	}
-	return path, nil
+	if len(tcp) == 0 && c.tlsCert+c.tlsKey+c.tlsClientCA != "" {
+		return "", nil, errors.New("cannot use --tls-cert, --tls-key and --tls-client-ca: they are of TCP, and --listen names no address such as tcp://10.0.0.1:7443")
+	}
+	missing := slices.Contains([]string{c.tlsCert, c.tlsKey, c.tlsClientCA, c.access}, "")
+	if len(tcp) > 0 && missing {
+		return "", nil, errors.New("cannot listen on TCP: whoever can reach it must be known and have a role: give --tls-cert, --tls-key, --tls-client-ca and --access")
+	}
+	return socket, tcp, nil
 }
 
 // libexec is where packages put the programs that people do not call.

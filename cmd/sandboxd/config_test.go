@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,7 +33,8 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 // Every flag is a key, but for those of this one call.
 func TestEveryFlagIsAKey(t *testing.T) {
 	values := map[string]string{
-		"listen": "unix:///x", "socket-group": "g", "state-dir": "/s", "run-dir": "/r", "id-dir": "/i", "policy": "/p", "vm-accel": "tcg",
+		"listen": "unix:///x,tcp://1.2.3.4:5", "socket-group": "g", "state-dir": "/s", "run-dir": "/r", "id-dir": "/i", "policy": "/p",
+		"access": "/ac", "tls-cert": "/tc", "tls-key": "/tk", "tls-client-ca": "/ca", "vm-accel": "tcg",
 		"vm-kernel": "/k", "vm-kvm-trial": "3s", "agent": "/a", "vsock-helper": "/v", "cgroup-parent": "c", "log-level": "warn", "log-format": "json", "trace": "/t", "cni-conf-dir": "/n", "cni-plugin-dir": "/q", "agent-pool": "3",
 	}
 	var lines []string
@@ -70,7 +72,12 @@ func TestConfigRefused(t *testing.T) {
 		{"state-dir: relative\n", "absolute"},
 		{"vm-accel: fast\n", "kvm, auto or tcg"},
 		{"log-format: xml\n", "console or json"},
-		{"listen: tcp://1.2.3.4:5\n", "unix:///"},
+		{"listen: tcp://1.2.3.4:5\n", "Unix socket"},
+		{"listen: unix:///a,unix:///b\n", "one address"},
+		{"listen: unix:///a,tcp://nowhere\n", "tcp://"},
+		{"listen: unix:///a,tcp://1.2.3.4:5\n", "--access"},
+		{"listen: unix:///a,tcp://1.2.3.4:5\naccess: /a\ntls-cert: /c\ntls-key: /k\n", "--tls-client-ca"},
+		{"tls-client-ca: /ca\n", "--listen names no address"},
 		{"listen: unix://relative\n", "unix:///"},
 		{"listen: unix:///" + strings.Repeat("x", 200) + "\n", "107"},
 		{"cgroup-parent: ../up\n", "--cgroup-parent"},
@@ -87,6 +94,11 @@ func TestConfigRefused(t *testing.T) {
 	}
 	if _, _, err := parseConfig([]string{"--config", configFile(t, strings.Repeat("#\n", maxConfigBytes))}); err == nil {
 		t.Error("a huge file was accepted")
+	}
+	c, _, err := parseConfig([]string{"--listen", "tcp://:1,unix:///a,tcp://[::1]:2", "--access", "/a", "--tls-cert", "/c", "--tls-key", "/k", "--tls-client-ca", "/ca"})
+	socket, tcp, addressErr := c.addresses()
+	if err != nil || addressErr != nil || socket != "/a" || !slices.Equal(tcp, []string{":1", "[::1]:2"}) {
+		t.Errorf("three addresses: %v %v %q %q", err, addressErr, socket, tcp)
 	}
 	// An empty file says nothing, and that is fine.
 	if _, _, err := parseConfig([]string{"--config", configFile(t, "")}); err != nil {

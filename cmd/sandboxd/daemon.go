@@ -4,15 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/access"
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
@@ -32,7 +35,11 @@ import (
 type daemon struct {
 	listener net.Listener
 	socket   string
-	server   *server.Server
+	// Over TCP.
+	remote []net.Listener
+	server *server.Server
+	config config
+	tls    *server.TLSFiles
 	// What to do when it ends, or when its start fails: the last one first.
 	undo []func() error
 }
@@ -49,7 +56,7 @@ func (d *daemon) onClose(fn func() error) { d.undo = append(d.undo, fn) }
 
 // start builds the daemon, brings its records back to the truth and opens its socket; Serve makes it answer.
 func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error) {
-	d := &daemon{}
+	d := &daemon{config: c}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close())
@@ -65,7 +72,11 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	if err != nil {
 		return nil, err
 	}
-	socket, err := c.socketPath()
+	roles, err := loadAccess(c.access)
+	if err != nil {
+		return nil, err
+	}
+	socket, tcp, err := c.addresses()
 	if err != nil {
 		return nil, err
 	}
@@ -74,6 +85,9 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 		return nil, err
 	}
 	d.onClose(d.closeListener)
+	if err := d.listenTCP(c, tcp, log); err != nil {
+		return nil, err
+	}
 
 	runtimes, warm, err := d.newRuntimes(c, log)
 	if err != nil {
@@ -115,6 +129,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 
 	d.server, err = server.New(server.Config{
 		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes, NetworkChecks: networks.Checks,
+		Access: roles, TLS: d.tls,
 		Host: server.Host{
 			Version: spec.Version, Commit: spec.Commit, StateDir: c.stateDir, RunDir: c.runDir,
 			Socket: d.socket, CgroupMode: cgroup.Mode(), PolicyFile: c.policy,
@@ -129,6 +144,46 @@ func (d *daemon) closeListener() error {
 		return err
 	}
 	return nil
+}
+
+// listenTCP opens the addresses that callers with certificates come to.
+func (d *daemon) listenTCP(c config, addresses []string, log *zap.Logger) (err error) {
+	if len(addresses) == 0 {
+		return nil
+	}
+	if d.tls, err = server.LoadTLS(c.tlsCert, c.tlsKey, c.tlsClientCA, log.Named("tls")); err != nil {
+		return err
+	}
+	for _, a := range addresses {
+		l, err := net.Listen("tcp", a)
+		if err != nil {
+			return fmt.Errorf("cannot listen: %w", err)
+		}
+		d.remote = append(d.remote, l)
+		d.onClose(func() error {
+			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+				return err
+			}
+			return nil
+		})
+	}
+	return nil
+}
+
+// reload reads the access file and the certificates again. What cannot be used changes nothing.
+func (d *daemon) reload() error {
+	var errs []error
+	if d.config.access != "" {
+		roles, err := loadAccess(d.config.access)
+		if err == nil {
+			d.server.SetAccess(roles)
+		}
+		errs = append(errs, err)
+	}
+	if d.tls != nil {
+		errs = append(errs, d.tls.Reload())
+	}
+	return errors.Join(errs...)
 }
 
 // takeDirs makes the daemon's directories and claims those that two daemons must not share.
@@ -180,6 +235,30 @@ func loadPolicy(path string) (*policy.Policy, error) {
 		return nil, fmt.Errorf("cannot read policy: %w", err)
 	}
 	return policy.Load(source, path)
+}
+
+// loadAccess: whoever can write the file can be anyone, so it must be root's alone. Nil without one.
+func loadAccess(path string) (*access.Table, error) {
+	if path == "" {
+		return nil, nil
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read access file: %w", err)
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("cannot read access file: %w", err)
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); !ok || st.Uid != 0 || info.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("cannot use access file %s: only root may be able to write to it: run chown root %s && chmod go-w %s", path, path, path)
+	}
+	source, err := io.ReadAll(file)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read access file: %w", err)
+	}
+	return access.Load(source, path)
 }
 
 // leaveNoEmptyCgroup removes the sandboxes' parent when the daemon ends, unless there are any.

@@ -1,4 +1,4 @@
-// Command sandboxd is the daemon: it answers the API on a Unix socket and runs workloads in containers and microVMs.
+// Command sandboxd is the daemon: it answers the API on a Unix socket, and over TCP, and runs workloads in containers and microVMs.
 // This is the only program that knows which runtimes there are.
 package main
 
@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	goruntime "runtime"
@@ -48,17 +49,19 @@ func run(args []string, stdout io.Writer) error {
 	// Nothing this process makes is for others unless it says so.
 	unix.Umask(0o077)
 
-	// SIGTERM and SIGINT end the daemon and leave the workloads alone; a second one ends it without grace. SIGHUP has
-	// nothing to reload and must not end it with the terminal it was started from.
-	signal.Ignore(syscall.SIGHUP)
+	// SIGTERM and SIGINT end the daemon and leave the workloads alone; a second one ends it without grace. SIGHUP,
+	// which also comes when the terminal it was started from goes, reads files again and never ends it.
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
 	ctx, restore := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer restore()
 	context.AfterFunc(ctx, restore)
-	return serve(ctx, c, log)
+	return serve(ctx, c, log, hangup)
 }
 
 func usage(w io.Writer, flags *pflag.FlagSet) error {
-	_, err := fmt.Fprintf(w, `sandboxd runs workloads as containers or microVMs, as its policy decides, and answers on a Unix socket.
+	_, err := fmt.Fprintf(w, `sandboxd runs workloads as containers or microVMs, as its policy decides, and answers on a Unix socket and,
+with certificates, over TCP.
 
 Usage:
   sandboxd [flags]
@@ -66,6 +69,8 @@ Usage:
 Examples:
   sandboxd --policy /etc/sandboxd/policy.yaml
   sandboxd --listen unix:///tmp/one/sandboxd.sock --state-dir /tmp/one/state --run-dir /tmp/one/run --vm-accel auto
+  sandboxd --access /etc/sandboxd/access.yaml --listen unix:///run/sandboxd/sandboxd.sock,tcp://10.0.0.1:7443 \
+    --tls-cert host.pem --tls-key host.key --tls-client-ca callers.pem
 
 Flags:
 %s`, flags.FlagUsagesWrapped(100))
@@ -73,7 +78,7 @@ Flags:
 }
 
 // serve runs the daemon until ctx is done.
-func serve(ctx context.Context, c config, log *zap.Logger) (err error) {
+func serve(ctx context.Context, c config, log *zap.Logger, hangup <-chan os.Signal) (err error) {
 	notify := newNotifier()
 	d, err := start(ctx, c, log)
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -85,23 +90,45 @@ func serve(ctx context.Context, c config, log *zap.Logger) (err error) {
 	}
 	defer func() { err = errors.Join(err, d.close()) }()
 
-	served := make(chan error, 1)
-	go func() { served <- d.server.Serve(d.listener) }()
+	listeners := append([]net.Listener{d.listener}, d.remote...)
+	served := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { served <- d.server.Serve(l) }()
+	}
 	if err := notify.send("READY=1", "STATUS=answering on "+d.socket); err != nil {
 		log.Warn("systemd does not know that this daemon is ready", zap.Error(err))
 	}
-	log.Info("ready", zap.String("address", "unix://"+d.socket), zap.String("version", spec.Version), zap.Int("pid", os.Getpid()))
+	log.Info("ready", zap.String("address", "unix://"+d.socket), zap.Int("tcp_addresses", len(d.remote)), zap.String("version", spec.Version), zap.Int("pid", os.Getpid()))
 
-	select {
-	case err = <-served:
-		// Nobody asked it to end.
-		return fmt.Errorf("cannot go on: %w", errors.Join(err, errors.New("the listener has ended")))
-	case <-ctx.Done():
+	if err := untilStopped(ctx, d, log, hangup, served); err != nil {
+		return err
 	}
 	log.Info("stopping; workloads go on running")
 	if err := notify.send("STOPPING=1"); err != nil {
 		log.Warn("systemd does not know that this daemon stops", zap.Error(err))
 	}
 	d.server.Stop()
-	return <-served
+	var errs []error
+	for range listeners {
+		errs = append(errs, <-served)
+	}
+	return errors.Join(errs...)
+}
+
+func untilStopped(ctx context.Context, d *daemon, log *zap.Logger, hangup <-chan os.Signal, served <-chan error) error {
+	for {
+		select {
+		case err := <-served:
+			// Nobody asked it to end.
+			return fmt.Errorf("cannot go on: %w", errors.Join(err, errors.New("the listener has ended")))
+		case <-ctx.Done():
+			return nil
+		case <-hangup:
+			if err := d.reload(); err != nil {
+				log.Error("what was read again cannot be used; what was read before holds", zap.Error(err))
+				continue
+			}
+			log.Info("read access file and certificates again")
+		}
+	}
 }

@@ -16,11 +16,16 @@
 package client
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
+	"net"
+	"os"
 	"strings"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
@@ -53,17 +58,54 @@ type Client struct {
 	conn *grpc.ClientConn
 }
 
+// TLS is what a client needs over TCP: PEM files.
+type TLS struct {
+	// Authority of the daemon's certificate.
+	CA string
+	// Who the client is.
+	Cert, Key string
+	// Name in the daemon's certificate; the address's host when empty.
+	ServerName string
+}
+
 // Dial makes a client for a daemon at an address such as unix:///run/sandboxd/sandboxd.sock. It does not connect yet:
 // the first call does, and its error tells when nobody is there.
 func Dial(address string) (*Client, error) {
 	path, ok := strings.CutPrefix(address, "unix://")
 	if !ok || !strings.HasPrefix(path, "/") {
-		return nil, fmt.Errorf("cannot use address %q: it must look like %s", address, DefaultAddress)
+		return nil, fmt.Errorf("cannot use address %q: it must look like %s, or tcp://HOST:PORT with certificates", address, DefaultAddress)
 	}
+	// The socket's mode says who may connect, and the daemon asks the kernel who did: there is nothing to encrypt.
+	return connect(address, "unix://"+path, insecure.NewCredentials())
+}
+
+// DialTLS makes a client for a daemon at an address such as tcp://10.0.0.1:7443.
+func DialTLS(address string, files TLS) (*Client, error) {
+	hostPort, ok := strings.CutPrefix(address, "tcp://")
+	if _, _, err := net.SplitHostPort(hostPort); !ok || err != nil {
+		return nil, fmt.Errorf("cannot use address %q: it must look like tcp://HOST:PORT", address)
+	}
+	pair, err := tls.LoadX509KeyPair(files.Cert, files.Key)
+	if err != nil {
+		return nil, fmt.Errorf("cannot load the client's certificate: %w", err)
+	}
+	pem, err := os.ReadFile(files.CA)
+	if err != nil {
+		return nil, fmt.Errorf("cannot load the daemon's authority: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("cannot load the daemon's authority: %s has no certificate in PEM", files.CA)
+	}
+	return connect(address, "dns:///"+hostPort, credentials.NewTLS(&tls.Config{
+		Certificates: []tls.Certificate{pair}, RootCAs: pool, ServerName: files.ServerName, MinVersion: tls.VersionTLS13,
+	}))
+}
+
+func connect(address, target string, creds credentials.TransportCredentials) (*Client, error) {
 	wrap := &errorWrapper{address: address}
-	conn, err := grpc.NewClient("unix://"+path,
-		// The socket's mode says who may connect, and the daemon asks the kernel who did: there is nothing to encrypt.
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+	conn, err := grpc.NewClient(target,
+		grpc.WithTransportCredentials(creds),
 		grpc.WithUnaryInterceptor(wrap.unary),
 		grpc.WithStreamInterceptor(wrap.stream),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswerBytes)),

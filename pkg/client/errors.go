@@ -27,6 +27,8 @@ const (
 	ReasonUnsatisfiable = "UNSATISFIABLE"
 	// ReasonStopping: the daemon stopped during the call; workloads go on running.
 	ReasonStopping = "DAEMON_STOPPING"
+	// ReasonForbidden: none of the caller's roles allows it; Error.Rule says which role and which of its keys.
+	ReasonForbidden = "FORBIDDEN"
 	// ReasonUnreachable: no daemon answers at the address. Made by this package, never sent.
 	ReasonUnreachable = "UNREACHABLE"
 )
@@ -114,6 +116,8 @@ func (w *errorWrapper) unreachable(message string) string {
 	switch {
 	case strings.Contains(message, "permission denied"):
 		return prefix + w.address + ": permission denied: run this as root or as a member of the socket's group"
+	case strings.Contains(message, "x509:"), strings.Contains(message, "tls:"):
+		return prefix + w.address + ": no trust (" + message + "): the daemon's certificate must be of --tls-ca's authority, and this client's of one the daemon knows"
 	case strings.Contains(message, "no such file"), strings.Contains(message, "connection refused"):
 		return prefix + w.address + ": nobody listens there: start sandboxd (systemctl start sandboxd), or name its socket with --address or SANDBOXD_ADDRESS"
 	}

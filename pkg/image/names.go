@@ -23,6 +23,12 @@ const (
 // localName is what an image may be called that no registry could: it must not be taken for a path, an option or a digest.
 var localName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/:+-]*$`)
 
+// CanonicalName is the form in which a name is kept and compared; false when s can be no name.
+func CanonicalName(s string) (string, bool) {
+	name, err := canonicalName(s)
+	return name, err == nil
+}
+
 // canonicalName is the form in which a name is kept and compared: docker's full one (debian is
 // docker.io/library/debian:latest) where it is a docker reference, else as given.
 func canonicalName(s string) (string, error) {

@@ -88,10 +88,13 @@ type imageConfigFacts struct {
 }
 
 type callerFacts struct {
+	// -1 for a caller with a certificate.
 	UID  int64   `cel:"uid"`
 	GID  int64   `cel:"gid"`
 	GIDs []int64 `cel:"gids"`
 	PID  int64   `cel:"pid"`
+	// Of its certificate: "cn:…", "dns:…", "email:…", "uri:…"; empty over the Unix socket.
+	Names []string `cel:"names"`
 }
 
 type hostFacts struct {
@@ -139,7 +142,11 @@ func factsOf(in Input) (map[string]any, error) {
 		}
 		request.Mounts = append(request.Mounts, mountFacts{string(m.Type), source, path.Clean(m.Target), m.ReadOnly})
 	}
-	caller := callerFacts{UID: int64(in.Caller.UID), GID: int64(in.Caller.GID), PID: int64(in.Caller.PID)}
+	caller := callerFacts{UID: int64(in.Caller.UID), GID: int64(in.Caller.GID), PID: int64(in.Caller.PID), Names: in.Caller.Names}
+	if len(caller.Names) > 0 {
+		// Whatever stands there: it must not be taken for a user of this host.
+		caller.UID, caller.GID = -1, -1
+	}
 	for _, gid := range in.Caller.GIDs {
 		caller.GIDs = append(caller.GIDs, int64(gid))
 	}

@@ -1,84 +1,85 @@
 package server
 
 import (
-	"context"
-
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
-	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/access"
 )
 
-// who may call a method. The zero value is nobody, so a row that forgets to say refuses.
-type who int
+// subject is what a call is about, and so what a role's limits are compared with.
+type subject int
 
 const (
-	nobody who = iota
-	// connected: whoever could open the socket, which its mode 0660 limits to root and the socket's group, provided the
-	// kernel said who it is.
-	connected
+	// The row's verb alone decides; what is in the request is compared field by field, as with every subject.
+	_ subject = iota
+	// onWorkload: the one that the request's id names, in the request itself or in its start. One the caller may not
+	// see is not found.
+	onWorkload
+	// onVisible: the answer holds only what the caller may see; the handler sees to it. An id, if there is one, is
+	// treated as onWorkload's.
+	onVisible
+	// onRequest: what the request asks for, field by field, and its labels.
+	onRequest
 )
 
-// access is a row of the table below.
-type access struct {
-	who who
+// row is a row of the table below. The zero value lets nobody in.
+type row struct {
+	// What a role must allow.
+	verb access.Verb
+	// In place of a verb: whoever could open the socket, provided the transport proved who it is.
+	open bool
+	on   subject
+	// The call changes something, or could, or lets out what may be secret: an audit log, when there is one, must have it.
+	audited bool
 	// The call lasts as long as its caller likes, so a daemon that stops ends it at once instead of waiting for it.
 	long bool
 }
 
 // methods says who may call what. A method that is not in it may be called by nobody; a test compares it with what is
-// registered.
-var methods = map[string]access{
-	// Whoever may create a workload may do everything with every workload: there are no owners yet.
-	sandboxdv1.WorkloadService_CreateWorkload_FullMethodName: {who: connected},
-	sandboxdv1.WorkloadService_StartWorkload_FullMethodName:  {who: connected},
-	sandboxdv1.WorkloadService_GetWorkload_FullMethodName:    {who: connected},
-	sandboxdv1.WorkloadService_ListWorkloads_FullMethodName:  {who: connected},
-	sandboxdv1.WorkloadService_StopWorkload_FullMethodName:   {who: connected},
-	sandboxdv1.WorkloadService_KillWorkload_FullMethodName:   {who: connected},
-	// An update is no way round the policy: that is asked again, about this caller.
-	sandboxdv1.WorkloadService_UpdateWorkload_FullMethodName: {who: connected},
-	sandboxdv1.WorkloadService_PauseWorkload_FullMethodName:  {who: connected},
-	sandboxdv1.WorkloadService_ResumeWorkload_FullMethodName: {who: connected},
-	sandboxdv1.WorkloadService_WaitWorkload_FullMethodName:   {who: connected, long: true},
-	sandboxdv1.WorkloadService_DeleteWorkload_FullMethodName: {who: connected},
-	sandboxdv1.WorkloadService_Exec_FullMethodName:           {who: connected, long: true},
-	sandboxdv1.WorkloadService_Attach_FullMethodName:         {who: connected, long: true},
-	sandboxdv1.WorkloadService_StreamLogs_FullMethodName:     {who: connected, long: true},
-	sandboxdv1.WorkloadService_CopyIn_FullMethodName:         {who: connected},
-	sandboxdv1.WorkloadService_CopyOut_FullMethodName:        {who: connected},
-	sandboxdv1.WorkloadService_GetUsage_FullMethodName:       {who: connected},
-	sandboxdv1.WorkloadService_WatchEvents_FullMethodName:    {who: connected, long: true},
-	sandboxdv1.WorkloadService_GetOCIConfig_FullMethodName:   {who: connected},
+// registered. Besides, each field of a request has a row in fields.
+var methods = map[string]row{
+	sandboxdv1.WorkloadService_CreateWorkload_FullMethodName: {verb: access.Create, on: onRequest, audited: true},
+	sandboxdv1.WorkloadService_StartWorkload_FullMethodName:  {verb: access.Control, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_GetWorkload_FullMethodName:    {verb: access.View, on: onWorkload},
+	sandboxdv1.WorkloadService_ListWorkloads_FullMethodName:  {verb: access.View, on: onVisible},
+	sandboxdv1.WorkloadService_StopWorkload_FullMethodName:   {verb: access.Control, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_KillWorkload_FullMethodName:   {verb: access.Control, on: onWorkload, audited: true},
+	// What an update asks for has rows in fields, as a creation has; the policy is asked again, about this caller.
+	sandboxdv1.WorkloadService_UpdateWorkload_FullMethodName: {verb: access.Update, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_PauseWorkload_FullMethodName:  {verb: access.Control, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_ResumeWorkload_FullMethodName: {verb: access.Control, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_WaitWorkload_FullMethodName:   {verb: access.View, on: onWorkload, long: true},
+	sandboxdv1.WorkloadService_DeleteWorkload_FullMethodName: {verb: access.Delete, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_Exec_FullMethodName:           {verb: access.Exec, on: onWorkload, audited: true, long: true},
+	sandboxdv1.WorkloadService_Attach_FullMethodName:         {verb: access.Exec, on: onWorkload, audited: true, long: true},
+	sandboxdv1.WorkloadService_StreamLogs_FullMethodName:     {verb: access.Logs, on: onWorkload, long: true},
+	sandboxdv1.WorkloadService_CopyIn_FullMethodName:         {verb: access.Copy, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_CopyOut_FullMethodName:        {verb: access.Copy, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_GetUsage_FullMethodName:       {verb: access.View, on: onWorkload},
+	sandboxdv1.WorkloadService_WatchEvents_FullMethodName:    {verb: access.View, on: onVisible, long: true},
+	sandboxdv1.WorkloadService_GetOCIConfig_FullMethodName:   {verb: access.View, on: onWorkload},
 
-	sandboxdv1.ImageService_ImportImage_FullMethodName: {who: connected},
+	sandboxdv1.ImageService_ImportImage_FullMethodName: {verb: access.ImagesAdd, on: onRequest, audited: true},
 	// A pull is given up when the daemon stops: it may take minutes and leaves nothing half done.
-	sandboxdv1.ImageService_PullImage_FullMethodName:   {who: connected, long: true},
-	sandboxdv1.ImageService_ListImages_FullMethodName:  {who: connected},
-	sandboxdv1.ImageService_GetImage_FullMethodName:    {who: connected},
-	sandboxdv1.ImageService_RemoveImage_FullMethodName: {who: connected},
+	sandboxdv1.ImageService_PullImage_FullMethodName:   {verb: access.ImagesAdd, on: onRequest, audited: true, long: true},
+	sandboxdv1.ImageService_ListImages_FullMethodName:  {verb: access.ImagesView, on: onVisible},
+	sandboxdv1.ImageService_GetImage_FullMethodName:    {verb: access.ImagesView, on: onRequest},
+	sandboxdv1.ImageService_RemoveImage_FullMethodName: {verb: access.ImagesRemove, on: onRequest, audited: true},
 
-	sandboxdv1.PolicyService_Explain_FullMethodName:   {who: connected},
-	sandboxdv1.PolicyService_GetPolicy_FullMethodName: {who: connected},
+	// Whoever may not create something has no business with what would be decided.
+	sandboxdv1.PolicyService_Explain_FullMethodName:   {verb: access.Create, on: onRequest},
+	sandboxdv1.PolicyService_GetPolicy_FullMethodName: {verb: access.PolicyView},
 
-	sandboxdv1.SystemService_Info_FullMethodName:   {who: connected},
-	sandboxdv1.SystemService_Doctor_FullMethodName: {who: connected},
+	sandboxdv1.SystemService_Info_FullMethodName:   {verb: access.SystemView},
+	sandboxdv1.SystemService_Doctor_FullMethodName: {verb: access.SystemView},
 
-	// What the API looks like and whether it is up is no secret to those who may use it.
-	healthpb.Health_Check_FullMethodName:                                   {who: connected},
-	healthpb.Health_List_FullMethodName:                                    {who: connected},
-	healthpb.Health_Watch_FullMethodName:                                   {who: connected, long: true},
-	reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName:      {who: connected, long: true},
-	reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName: {who: connected, long: true},
-}
-
-// authorize refuses the call of ctx unless the table allows it.
-func authorize(ctx context.Context, method string) error {
-	_, identified := callerOf(ctx)
-	if methods[method].who == connected && identified {
-		return nil
-	}
-	return spec.Errorf(spec.KindDenied, "this caller may not call %s", method).WithReason(reasonForbidden)
+	// What the API looks like and whether it is up is no secret to those who can connect.
+	healthpb.Health_Check_FullMethodName:                                   {open: true},
+	healthpb.Health_List_FullMethodName:                                    {open: true},
+	healthpb.Health_Watch_FullMethodName:                                   {open: true, long: true},
+	reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName:      {open: true, long: true},
+	reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName: {open: true, long: true},
 }

@@ -37,6 +37,7 @@ type fakeWorkloads struct {
 	attach  func(context.Context, string, bool) (workload.Session, error)
 	copyIn  func(ctx context.Context, ref, path string, r io.Reader) error
 	copyOut func(ctx context.Context, ref, path string, w io.Writer) error
+	update  func(change func(*spec.Resources)) error
 	explain func(context.Context, workload.CreateOptions) (policy.Decision, error)
 	inUse   func(string) bool
 	events  chan workload.Event
@@ -72,6 +73,9 @@ func (f *fakeWorkloads) CopyIn(ctx context.Context, ref, path string, r io.Reade
 }
 func (f *fakeWorkloads) CopyOut(ctx context.Context, ref, path string, w io.Writer) error {
 	return f.copyOut(ctx, ref, path, w)
+}
+func (f *fakeWorkloads) Update(_ context.Context, _ string, _ spec.Caller, change func(*spec.Resources)) (workload.Workload, error) {
+	return workload.Workload{}, f.update(change)
 }
 func (f *fakeWorkloads) Explain(ctx context.Context, o workload.CreateOptions) (policy.Decision, error) {
 	return f.explain(ctx, o)
@@ -175,4 +179,11 @@ func receive[T any](t *testing.T, c <-chan T, what string) T {
 		t.Fatalf("%s did not happen", what)
 		panic("unreachable")
 	}
+}
+
+// noImages is a store without images.
+type noImages struct{ Images }
+
+func (noImages) Get(ref string) (image.Image, error) {
+	return image.Image{}, spec.Errorf(spec.KindNotFound, "no image %s", ref)
 }

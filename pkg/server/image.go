@@ -94,7 +94,7 @@ func (p *pullProgress) end() {
 
 // ListImages answers oldest first. A page's token is the key of its last image, so pages stay right while images come
 // and go.
-func (s *imageService) ListImages(_ context.Context, r *sandboxdv1.ListImagesRequest) (*sandboxdv1.ListImagesResponse, error) {
+func (s *imageService) ListImages(ctx context.Context, r *sandboxdv1.ListImagesRequest) (*sandboxdv1.ListImagesResponse, error) {
 	images, err := s.Images.List()
 	if err != nil {
 		return nil, err
@@ -102,7 +102,8 @@ func (s *imageService) ListImages(_ context.Context, r *sandboxdv1.ListImagesReq
 	slices.SortFunc(images, func(a, b image.Image) int { return cmp.Compare(imageKey(a), imageKey(b)) })
 	answer := &sandboxdv1.ListImagesResponse{}
 	for _, img := range images {
-		if imageKey(img) <= r.GetPageToken() {
+		img, seen := s.seen(ctx, img)
+		if !seen || imageKey(img) <= r.GetPageToken() {
 			continue
 		}
 		if len(answer.Images) == pageSize(r.GetPageSize()) {
@@ -120,11 +121,12 @@ func imageKey(i image.Image) string {
 	return fmt.Sprintf("%020d-%s", max(i.CreatedAt.UnixNano(), 0), i.Digest)
 }
 
-func (s *imageService) GetImage(_ context.Context, r *sandboxdv1.GetImageRequest) (*sandboxdv1.GetImageResponse, error) {
+func (s *imageService) GetImage(ctx context.Context, r *sandboxdv1.GetImageRequest) (*sandboxdv1.GetImageResponse, error) {
 	img, err := s.Images.Get(r.GetReference())
 	if err != nil {
 		return nil, err
 	}
+	img, _ = s.seen(ctx, img)
 	return &sandboxdv1.GetImageResponse{Image: imageToAPI(img)}, nil
 }
 

@@ -17,26 +17,82 @@ import (
 // maxGroups bounds the supplementary groups asked of the kernel: NGROUPS_MAX.
 const maxGroups = 65536
 
-// peerCredentials learns from the kernel who connected. The kernel fixes SO_PEERCRED and SO_PEERGROUPS at connect time,
-// so neither can be forged or change later. A connection that is no Unix socket is refused.
-type peerCredentials struct{}
+// peerCredentials learns who connected: over a Unix socket from the kernel, over TCP from a certificate. The kernel
+// fixes SO_PEERCRED and SO_PEERGROUPS at connect time, so neither can be forged or change later. Whoever cannot be known
+// is refused.
+type peerCredentials struct {
+	// Nil refuses TCP.
+	tls   *TLSFiles
+	crowd *crowd
+}
 
 // peerInfo is what peerCredentials learned.
 type peerInfo struct {
 	credentials.CommonAuthInfo
 	caller spec.Caller
+	// Over TCP.
+	proof *proof
 }
 
 func (peerInfo) AuthType() string { return "peercred" }
 
-func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	switch conn := conn.(type) {
+	case *net.UnixConn:
+		return c.unixHandshake(conn)
+	case *net.TCPConn:
+		return c.tlsHandshake(conn)
+	}
+	return nil, nil, fmt.Errorf("cannot identify the caller: a %T tells nothing of it", conn)
+}
+
+func (c peerCredentials) unixHandshake(conn *net.UnixConn) (net.Conn, credentials.AuthInfo, error) {
 	caller, err := callerOfConn(conn)
 	if err != nil {
 		return nil, nil, fmt.Errorf("cannot identify the caller: %w", err)
 	}
+	counted, err := c.crowd.enter(caller.Key(), conn)
+	if err != nil {
+		return nil, nil, err
+	}
 	// The bytes never leave the host's kernel.
 	common := credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}
-	return conn, peerInfo{CommonAuthInfo: common, caller: caller}, nil
+	return counted, peerInfo{CommonAuthInfo: common, caller: caller}, nil
+}
+
+func (c peerCredentials) tlsHandshake(conn *net.TCPConn) (net.Conn, credentials.AuthInfo, error) {
+	if c.tls == nil {
+		return nil, nil, errors.New("cannot identify the caller: the daemon was given no certificates")
+	}
+	// Before anything is proved a peer is known by its address, which costs it nothing.
+	host, _, err := net.SplitHostPort(conn.RemoteAddr().String())
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot identify the caller: %w", err)
+	}
+	byHost, err := c.crowd.enter("host:"+host, conn)
+	if err != nil {
+		return nil, nil, err
+	}
+	state := c.tls.current()
+	secure, info, err := credentials.NewTLS(state.config).ServerHandshake(byHost)
+	if err != nil {
+		return nil, nil, errors.Join(err, byHost.Close())
+	}
+	tlsInfo, ok := info.(credentials.TLSInfo)
+	if !ok || len(tlsInfo.State.VerifiedChains) == 0 || len(tlsInfo.State.PeerCertificates) == 0 {
+		return nil, nil, errors.Join(errors.New("cannot identify the caller: it showed no certificate"), secure.Close())
+	}
+	caller, err := callerOfCertificate(tlsInfo.State.PeerCertificates[0])
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("cannot identify the caller: %w", err), secure.Close())
+	}
+	counted, err := c.crowd.enter(caller.Key(), secure)
+	if err != nil {
+		return nil, nil, err
+	}
+	common := credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}
+	return counted, peerInfo{CommonAuthInfo: common, caller: caller,
+		proof: &proof{files: c.tls, state: state, certs: tlsInfo.State.PeerCertificates}}, nil
 }
 
 func (peerCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -51,12 +107,8 @@ func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
-func callerOfConn(conn net.Conn) (spec.Caller, error) {
-	uc, ok := conn.(*net.UnixConn)
-	if !ok {
-		return spec.Caller{}, fmt.Errorf("a %T is no Unix socket", conn)
-	}
-	raw, err := uc.SyscallConn()
+func callerOfConn(conn *net.UnixConn) (spec.Caller, error) {
+	raw, err := conn.SyscallConn()
 	if err != nil {
 		return spec.Caller{}, err
 	}
@@ -93,12 +145,15 @@ func peerGroups(fd int) ([]uint32, error) {
 	}
 }
 
-// callerOf is who made the call of ctx. ok is false when the transport proved nobody.
+// callerOf is who made the call of ctx. ok is false when the transport proved nobody, or what it proved is over.
 func callerOf(ctx context.Context) (caller spec.Caller, ok bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return spec.Caller{}, false
 	}
 	info, ok := p.AuthInfo.(peerInfo)
+	if ok && info.proof != nil && !info.proof.holds() {
+		return spec.Caller{}, false
+	}
 	return info.caller, ok
 }

@@ -1,15 +1,17 @@
-// Package server is the gRPC API over Unix sockets: it knows who calls, refuses what is malformed or forbidden,
+// Package server is the gRPC API over Unix sockets and, with certificates, TCP: it knows who calls, refuses what is malformed or forbidden,
 // translates a request into a call of the workload manager or the image store, and translates the answer back. It
 // decides nothing else.
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"buf.build/go/protovalidate"
@@ -19,8 +21,10 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/proto"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/pkg/access"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -42,6 +46,8 @@ const (
 	keepaliveTimeout = 20 * time.Second
 	// keepaliveMin is how often a client may ask the same of the daemon.
 	keepaliveMin = 10 * time.Second
+	// handshakeTimeout is what a client gets to say who it is.
+	handshakeTimeout = 10 * time.Second
 	// stopGrace is what calls under way get to finish when the daemon stops, before their connections are closed.
 	stopGrace = 10 * time.Second
 )
@@ -57,6 +63,10 @@ type Config struct {
 	// What doctor says of networks; nil for nothing.
 	NetworkChecks func() []runtime.Check
 	Host          Host
+	// Who may do what; nil lets everybody do everything who can connect.
+	Access *access.Table
+	// Of TCP listeners; without it they refuse everybody.
+	TLS *TLSFiles
 }
 
 // Host is what Info and Doctor tell of the daemon and its host, as main knows it.
@@ -74,6 +84,8 @@ type Host struct {
 // Server serves the API.
 type Server struct {
 	Config
+	access    atomic.Pointer[access.Table]
+	crowd     *crowd
 	grpc      *grpc.Server
 	health    *health.Server
 	validator protovalidate.Validator
@@ -93,10 +105,12 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make the request validator: %w", err)
 	}
-	s := &Server{Config: c, validator: validator, health: health.NewServer()}
+	s := &Server{Config: c, validator: validator, health: health.NewServer(), crowd: newCrowd()}
+	s.SetAccess(cmp.Or(c.Access, access.Everybody()))
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(
-		grpc.Creds(peerCredentials{}),
+		grpc.Creds(peerCredentials{tls: c.TLS, crowd: s.crowd}),
+		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.UnaryInterceptor(s.interceptUnary),
 		grpc.StreamInterceptor(s.interceptStream),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
@@ -147,7 +161,15 @@ func (s *Server) call(ctx context.Context, method string, handle func(context.Co
 	if methods[method].long {
 		defer context.AfterFunc(s.stopping, func() { cancel(context.Cause(s.stopping)) })()
 	}
-	if err = authorize(ctx, method); err == nil {
+	permit, err := s.authorize(ctx, method)
+	if err == nil {
+		var leave func()
+		if leave, err = s.crowd.call(permit.caller.Key()); err == nil {
+			defer leave()
+		}
+	}
+	if err == nil {
+		ctx = context.WithValue(ctx, permitKey{}, permit)
 		err = s.guarded(method, func() error { return handle(ctx) })
 	}
 	answer := toStatus(ctx, err)
@@ -157,7 +179,7 @@ func (s *Server) call(ctx context.Context, method string, handle func(context.Co
 
 func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 	err = s.call(ctx, info.FullMethod, func(ctx context.Context) error {
-		if err := s.validate(req); err != nil {
+		if err := s.admit(ctx, info.FullMethod, req); err != nil {
 			return err
 		}
 		resp, err = handler(ctx, req)
@@ -171,7 +193,7 @@ func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnarySe
 
 func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	return s.call(stream.Context(), info.FullMethod, func(ctx context.Context) error {
-		return handler(srv, &callStream{ServerStream: stream, ctx: ctx, server: s})
+		return handler(srv, &callStream{ServerStream: stream, ctx: ctx, server: s, method: info.FullMethod})
 	})
 }
 
@@ -191,7 +213,7 @@ func (s *Server) logCall(ctx context.Context, method string, took time.Duration,
 	caller, _ := callerOf(ctx)
 	fields := []zap.Field{
 		zap.String("method", method), zap.Duration("took", took),
-		zap.Uint32("uid", caller.UID), zap.Int32("pid", caller.PID),
+		zap.String("caller", caller.Key()), zap.Int32("pid", caller.PID),
 	}
 	if err == nil {
 		s.Log.Debug("call", fields...)
@@ -205,11 +227,23 @@ func (s *Server) logCall(ctx context.Context, method string, took time.Duration,
 	s.Log.Debug("call refused", fields...)
 }
 
-// callStream is a client's stream whose messages are validated and whose context is the call's.
+// admit lets a message through that is well-formed and that the caller may send. The message must be the first of its
+// call, or carry nothing that needs leave.
+func (s *Server) admit(ctx context.Context, method string, m any) error {
+	if err := s.validate(m); err != nil {
+		return err
+	}
+	return s.authorizeMessage(ctx, method, m.(proto.Message))
+}
+
+// callStream is a client's stream whose messages are validated, whose first one is authorized, and whose context is the
+// call's. Handlers let only the first one say what is to be done.
 type callStream struct {
 	grpc.ServerStream
-	ctx    context.Context
-	server *Server
+	ctx      context.Context
+	server   *Server
+	method   string
+	admitted bool
 }
 
 func (c *callStream) Context() context.Context { return c.ctx }
@@ -218,5 +252,12 @@ func (c *callStream) RecvMsg(m any) error {
 	if err := c.ServerStream.RecvMsg(m); err != nil {
 		return err
 	}
-	return c.server.validate(m)
+	if c.admitted {
+		return c.server.validate(m)
+	}
+	if err := c.server.admit(c.ctx, c.method, m); err != nil {
+		return err
+	}
+	c.admitted = true
+	return nil
 }

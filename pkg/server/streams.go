@@ -32,7 +32,11 @@ func (s *workloadService) StreamLogs(r *sandboxdv1.StreamLogsRequest, stream grp
 }
 
 func (s *workloadService) WatchEvents(r *sandboxdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[sandboxdv1.WatchEventsResponse]) error {
+	permit := permitOf(stream.Context())
 	return s.Workloads.Watch(stream.Context(), r.GetId(), timeFromAPI(r.GetSince()), func(e workload.Event) error {
+		if !permit.hears(e) {
+			return nil
+		}
 		return stream.Send(&sandboxdv1.WatchEventsResponse{Event: eventToAPI(e)})
 	})
 }

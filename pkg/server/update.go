@@ -26,28 +26,17 @@ func (s *workloadService) UpdateWorkload(ctx context.Context, r *sandboxdv1.Upda
 
 // resourceChange is what a request makes of resources: the fields its mask names, or those that are set.
 func resourceChange(r *sandboxdv1.UpdateWorkloadRequest) (func(*spec.Resources), error) {
-	from := r.GetResources().ProtoReflect()
-	var fields []protoreflect.FieldDescriptor
-	if r.GetUpdateMask() == nil {
-		from.Range(func(f protoreflect.FieldDescriptor, _ protoreflect.Value) bool {
-			fields = append(fields, f)
-			return true
-		})
+	changed, err := changedFields(r)
+	if err != nil {
+		return nil, err
 	}
-	for i, path := range r.GetUpdateMask().GetPaths() {
-		f := from.Descriptor().Fields().ByName(protoreflect.Name(path))
-		if f == nil {
-			return nil, spec.Invalidf(fmt.Sprintf("update_mask.paths[%d]", i), "%q is no field of Resources", path)
-		}
-		fields = append(fields, f)
-	}
-	if len(fields) == 0 {
+	if len(changed) == 0 {
 		return nil, spec.Invalidf("resources", "nothing to change: set fields of resources, or name them in update_mask")
 	}
-	from = proto.Clone(r.GetResources()).ProtoReflect() // the change may be made after the call
+	from := proto.Clone(r.GetResources()).ProtoReflect() // the change may be made after the call
 	return func(res *spec.Resources) {
 		to := resourcesToAPI(*res)
-		for _, f := range fields {
+		for _, f := range changed {
 			if from.Has(f) {
 				to.ProtoReflect().Set(f, from.Get(f))
 			} else {
@@ -56,6 +45,26 @@ func resourceChange(r *sandboxdv1.UpdateWorkloadRequest) (func(*spec.Resources),
 		}
 		*res = resourcesFromAPI(to)
 	}, nil
+}
+
+// changedFields are those of resources that a request changes, if only to their default.
+func changedFields(r *sandboxdv1.UpdateWorkloadRequest) ([]protoreflect.FieldDescriptor, error) {
+	from := r.GetResources().ProtoReflect()
+	var changed []protoreflect.FieldDescriptor
+	if r.GetUpdateMask() == nil {
+		from.Range(func(f protoreflect.FieldDescriptor, _ protoreflect.Value) bool {
+			changed = append(changed, f)
+			return true
+		})
+	}
+	for i, path := range r.GetUpdateMask().GetPaths() {
+		f := from.Descriptor().Fields().ByName(protoreflect.Name(path))
+		if f == nil {
+			return nil, spec.Invalidf(fmt.Sprintf("update_mask.paths[%d]", i), "%q is no field of Resources", path)
+		}
+		changed = append(changed, f)
+	}
+	return changed, nil
 }
 
 func (s *workloadService) PauseWorkload(ctx context.Context, r *sandboxdv1.PauseWorkloadRequest) (*sandboxdv1.PauseWorkloadResponse, error) {

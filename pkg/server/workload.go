@@ -44,6 +44,10 @@ func (s *workloadService) CreateWorkload(ctx context.Context, r *sandboxdv1.Crea
 		return nil, err
 	}
 	w, err := s.Workloads.Create(ctx, o)
+	if spec.KindOf(err) == spec.KindAlreadyExists && permitOf(ctx).everything() == nil {
+		// Whose name it is may not be the caller's business.
+		return nil, spec.Errorf(spec.KindAlreadyExists, "the name %q is taken: choose another", r.GetName())
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -66,11 +70,13 @@ func (s *workloadService) GetWorkload(_ context.Context, r *sandboxdv1.GetWorklo
 	return &sandboxdv1.GetWorkloadResponse{Workload: workloadToAPI(w)}, nil
 }
 
-func (s *workloadService) ListWorkloads(_ context.Context, r *sandboxdv1.ListWorkloadsRequest) (*sandboxdv1.ListWorkloadsResponse, error) {
+func (s *workloadService) ListWorkloads(ctx context.Context, r *sandboxdv1.ListWorkloadsRequest) (*sandboxdv1.ListWorkloadsResponse, error) {
 	f := workload.Filter{Labels: r.GetLabels(), Isolation: isolations.fromAPI(r.GetIsolation())}
 	if f.Isolation == spec.IsolationAuto || (f.Isolation == "" && r.GetIsolation() != 0) {
 		return nil, spec.Invalidf("isolation", "isolation must be container or vm: no workload runs as %s", r.GetIsolation())
 	}
+	permit := permitOf(ctx)
+	f.Visible = func(w workload.Workload) bool { return permit.lists(w.Labels, w.Owner) }
 	for _, state := range r.GetStates() {
 		ours := states.fromAPI(state)
 		if ours == "" {

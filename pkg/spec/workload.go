@@ -137,14 +137,6 @@ type ImageConfig struct {
 	Labels     map[string]string `json:"labels,omitempty"`
 }
 
-// Caller is who asked, as the transport proved it.
-type Caller struct {
-	UID  uint32   `json:"uid"`
-	GID  uint32   `json:"gid"`
-	GIDs []uint32 `json:"gids,omitempty"`
-	PID  int32    `json:"pid,omitempty"`
-}
-
 // Exit is how a process ended.
 type Exit struct {
 	// 0 to 255; 128+Signal when a signal ended it.

@@ -101,6 +101,7 @@ func (e *entry) workload() Workload {
 
 func (e *entry) workloadLocked() Workload {
 	w := e.rec.Workload
+	w.Owner = e.rec.Caller
 	w.Labels = maps.Clone(w.Labels)
 	w.Spec.Mounts = slices.Clone(w.Spec.Mounts)
 	if w.Status.Exit != nil {
@@ -272,6 +273,7 @@ func (e *entry) eventLocked(t EventType) Event {
 	return Event{
 		Time: time.Now(), Type: t, WorkloadID: e.id, WorkloadName: e.name,
 		Isolation: st.Isolation, Message: st.Message, Attributes: a,
+		Labels: e.rec.Labels, Owner: e.rec.Caller,
 	}
 }
 

@@ -38,6 +38,9 @@ type Event struct {
 	Isolation    spec.Isolation
 	Message      string
 	Attributes   map[string]string
+	// The workload's, and who created it: they say who may see the event. Not to be changed.
+	Labels map[string]string
+	Owner  spec.Caller
 }
 
 // eventsKept is how many past events a daemon remembers, and how far a watcher may fall behind.

@@ -177,9 +177,14 @@ func (m *Manager) find(ref string) (*entry, error) {
 		}
 	}
 	if found == nil {
-		return nil, spec.Errorf(spec.KindNotFound, "no workload %q: `sandboxctl ps -a` lists them", ref)
+		return nil, NotFound(ref)
 	}
 	return found, nil
+}
+
+// NotFound is what a ref that names no workload is answered with, and one that names a workload its caller may not see.
+func NotFound(ref string) error {
+	return spec.Errorf(spec.KindNotFound, "no workload %q: `sandboxctl ps -a` lists them", ref)
 }
 
 func (m *Manager) Get(ref string) (Workload, error) {
@@ -196,6 +201,8 @@ type Filter struct {
 	Labels    map[string]string
 	States    []State
 	Isolation spec.Isolation
+	// Whether the caller may see it; nil for all.
+	Visible func(Workload) bool
 }
 
 func (f Filter) match(w Workload) bool {
@@ -205,7 +212,8 @@ func (f Filter) match(w Workload) bool {
 		}
 	}
 	return (len(f.States) == 0 || slices.Contains(f.States, w.Status.State)) &&
-		(f.Isolation == "" || f.Isolation == w.Status.Isolation)
+		(f.Isolation == "" || f.Isolation == w.Status.Isolation) &&
+		(f.Visible == nil || f.Visible(w))
 }
 
 // List answers with at most size workloads, oldest first, and the token of the next page.

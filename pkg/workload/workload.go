@@ -43,6 +43,8 @@ type Workload struct {
 	Spec      spec.Workload     `json:"spec"`
 	CreatedAt time.Time         `json:"createdAt"`
 	Status    Status            `json:"status"`
+	// Who created it. The record keeps it beside this.
+	Owner spec.Caller `json:"-"`
 }
 
 // Status is how a workload fares.

@@ -34,6 +34,7 @@ var forbidden = []struct {
 	{"./pkg/spec", "./pkg/...", "", "plain values shared by all import none of them"},
 	{"./pkg/spec", "./api/...", "", "values inside do not follow the wire format outside"},
 	{"./pkg/policy", "./pkg/...", "./pkg/spec", "Decide is a pure function: it reads its arguments and nothing else"},
+	{"./pkg/access", "./pkg/...", "./pkg/spec", "what a role allows is a pure function of the file and the request"},
 	{"./pkg/runtime", "./pkg/...", "./pkg/spec", "the seam knows neither side"},
 	{"./pkg/runtime/...", "./pkg/workload", "./pkg/runtime/runtimetest", "a runtime builds walls; what runs behind them is not its business"},
 	{"./pkg/runtime/...", "./pkg/policy", "", "what was decided comes as a value"},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -24,6 +25,9 @@ type Invocation struct {
 	stdin   io.Reader
 	stdout  io.Writer
 	Timeout time.Duration
+	// More of it.
+	Env  []string
+	user uint32
 }
 
 type Result struct {
@@ -35,6 +39,12 @@ type Result struct {
 
 func (d *Daemon) Command(args ...string) *Invocation {
 	return &Invocation{daemon: d, Args: args, Timeout: CallTimeout}
+}
+
+// As has another user than root call, whose group has the same number.
+func (i *Invocation) As(user uint32) *Invocation {
+	i.user = user
+	return i
 }
 
 func (i *Invocation) WithStdin(r io.Reader) *Invocation {
@@ -49,7 +59,10 @@ func (i *Invocation) WithStdout(w io.Writer) *Invocation {
 
 func (i *Invocation) Cmd(ctx context.Context) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, sandboxctl, i.Args...)
-	cmd.Env = append(os.Environ(), "SANDBOXD_ADDRESS="+i.daemon.Address)
+	cmd.Env = append(append(os.Environ(), "SANDBOXD_ADDRESS="+i.daemon.Address), i.Env...)
+	if i.user != 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: i.user, Gid: i.user}}
+	}
 	cmd.Stdin = i.stdin
 	// A stdin that never ends must not keep Wait from returning.
 	cmd.WaitDelay = 5 * time.Second
