@@ -44,7 +44,7 @@ test-assets: ## fetch what tests and demo need: packages, guest kernel, images
 	@scripts/setup.sh
 
 .PHONY: test
-test: test-assets build proto-check lint test-unit test-e2e test-host ## everything that CI runs
+test: test-assets build proto-check lint test-unit test-e2e ## everything that CI runs
 
 .PHONY: test-unit
 test-unit: test-assets build ## tests beside the code
