@@ -19,6 +19,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -176,6 +177,7 @@ func New(parent, id string, l Limits) (*Group, error) {
 		_ = g.remove() // the first error counts
 		return nil, fmt.Errorf("cannot make the cgroup %s: %w", g.path, err)
 	}
+	fault.At("cgroup", "made")
 	pids, err := g.Pids()
 	if err != nil {
 		return nil, err
@@ -338,6 +340,7 @@ func (g *Group) remove() error {
 		if err := removeTree(dir); err != nil {
 			return err
 		}
+		fault.At("cgroup", "directory removed")
 	}
 	return nil
 }

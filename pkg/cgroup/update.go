@@ -3,6 +3,7 @@ package cgroup
 import (
 	"fmt"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -31,5 +32,6 @@ func (g *Group) Update(l Limits) error {
 	if err := g.h.update(g.path, l); err != nil {
 		return fmt.Errorf("cannot change the limits of the cgroup %s: %w", g.path, err)
 	}
+	fault.At("cgroup", "updated")
 	return nil
 }

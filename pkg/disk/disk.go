@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -181,6 +182,7 @@ func (m *Maker) formatLocked(name string, size uint64) error {
 	if err := tight.Sync(); err != nil {
 		return err
 	}
+	fault.At("layer", "template formatted")
 	return os.Rename(tight.Name(), name)
 }
 

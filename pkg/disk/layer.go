@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/fault"
 )
 
 // A sandbox's writable layer lies in <state-dir>/sandbox/<id>: the file disk.ext4, and beside it an empty file
@@ -35,6 +37,7 @@ func (m *Maker) Layer(stateDir, id, owner string, size uint64) (path string, cre
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return "", false, fmt.Errorf("cannot make a layer's directory: %w", err)
 	}
+	fault.At("layer", "directory made")
 	st, err := os.Lstat(dir)
 	if err != nil {
 		return "", false, fmt.Errorf("cannot examine a layer's directory: %w", err)
@@ -52,6 +55,7 @@ func (m *Maker) Layer(stateDir, id, owner string, size uint64) (path string, cre
 	if err := marker.Close(); err != nil {
 		return "", false, fmt.Errorf("cannot mark a layer: %w", err)
 	}
+	fault.At("layer", "marked")
 	path = filepath.Join(dir, layerFile)
 	switch _, err := os.Lstat(path); {
 	case err == nil:
@@ -67,6 +71,7 @@ func (m *Maker) Layer(stateDir, id, owner string, size uint64) (path string, cre
 	if err := m.Create(tmp, size); err != nil {
 		return "", false, err
 	}
+	fault.At("layer", "copied")
 	if err := os.Rename(tmp, path); err != nil {
 		return "", false, fmt.Errorf("cannot name a layer: %w", err)
 	}

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -110,6 +111,7 @@ func (im *importer) importArchive(r io.Reader, want string) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
+	fault.At("image", "received")
 	// A root file system's digest is its archive's. For an image in an archive this lock is needless and harms nobody.
 	unlock, err := im.digests.lock(im.ctx, digest)
 	if err != nil {
@@ -236,6 +238,7 @@ func (im *importer) installSource(src *source, names []string) (Image, error) {
 		for i := range src.layers {
 			group.Go(func() (err error) {
 				tars[i], err = im.unpack(ctx, &src.layers[i])
+				fault.At("image", "layer unpacked")
 				return err
 			})
 		}
@@ -327,6 +330,7 @@ func (im *importer) build(t *tree, digest string) (path string, err error) {
 	if err := f.Sync(); err != nil {
 		return "", err
 	}
+	fault.At("image", "file written")
 	im.log.Debug("wrote an image file", zap.String("digest", digest), zap.Duration("took", time.Since(start)))
 	return f.Name(), nil
 }
@@ -348,6 +352,7 @@ func (s *Store) commit(tmp, digest string, config configFile, names []string) (I
 	if err := syncDir(filepath.Join(s.dir, erofsDir)); err != nil {
 		return Image{}, err
 	}
+	fault.At("image", "file named")
 	one := record{SizeBytes: info.Size(), CreatedAt: config.created.UTC(), Platform: config.platform, Config: config.image}
 	if config.created.IsZero() {
 		one.CreatedAt = time.Now().UTC()
@@ -356,6 +361,7 @@ func (s *Store) commit(tmp, digest string, config configFile, names []string) (I
 		os.Remove(s.path(digest))
 		return Image{}, err
 	}
+	fault.At("image", "recorded")
 	return s.imageLocked(digest)
 }
 

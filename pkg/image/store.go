@@ -19,6 +19,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -329,10 +330,12 @@ func (s *Store) Remove(ref string, inUse func(digest string) bool) error {
 	if err := s.records.remove(digest); err != nil {
 		return fmt.Errorf("cannot remove the image %s: %w", quote(ref), err)
 	}
+	fault.At("image", "removed from the records")
 	// The record is gone, so the image is: if this fails, the next Open removes the file.
 	if err := os.Remove(s.path(digest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove the file of the image %s: %w", quote(ref), err)
 	}
+	fault.At("image", "file removed")
 	return nil
 }
 

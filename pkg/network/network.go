@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -132,10 +133,12 @@ func (m *Manager) attach(ctx context.Context, id string, list *libcni.NetworkCon
 	if err := syncDir(m.state); err != nil {
 		return spec.Network{}, err
 	}
+	fault.At("network", "directory made")
 	rec := record{Network: list.Name, Conflist: list.Bytes, PluginDirs: m.cfg.PluginDirs}
 	if err := writeRecord(dir, rec); err != nil {
 		return spec.Network{}, err
 	}
+	fault.At("network", "recorded")
 	lock, err := takeLock(ctx, dir, m.cfg.OrphanGrace)
 	if err != nil {
 		return spec.Network{}, err
@@ -144,12 +147,14 @@ func (m *Manager) attach(ctx context.Context, id string, list *libcni.NetworkCon
 	if err := pin(netns, m.pin(id)); err != nil {
 		return spec.Network{}, err
 	}
+	fault.At("network", "pinned")
 	limited, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
 	defer cancel()
 	result, err := m.cni(rec, dir, lock).AddNetworkList(limited, list, runtimeConf(id, m.pin(id)))
 	if err != nil {
 		return spec.Network{}, err
 	}
+	fault.At("network", "added")
 	joined, err := look(netns)
 	if err != nil {
 		return spec.Network{}, err
@@ -159,7 +164,9 @@ func (m *Manager) attach(ctx context.Context, id string, list *libcni.NetworkCon
 		return spec.Network{}, err
 	}
 	rec.Joined = &joined
-	return joined, writeRecord(dir, rec)
+	err = writeRecord(dir, rec)
+	fault.At("network", "result recorded")
+	return joined, err
 }
 
 func runtimeConf(id, netns string) *libcni.RuntimeConf {
@@ -188,6 +195,7 @@ func (m *Manager) Detach(ctx context.Context, id string) error {
 		if err := m.del(ctx, id, rec); err != nil {
 			return fmt.Errorf("cannot leave network %q: %w", rec.Network, err)
 		}
+		fault.At("network", "deleted")
 	}
 	if err := unpin(m.pin(id)); err != nil {
 		return err
@@ -195,6 +203,7 @@ func (m *Manager) Detach(ctx context.Context, id string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	fault.At("network", "unpinned")
 	return removeRecord(dir)
 }
 

@@ -3,6 +3,8 @@ package workload
 import (
 	"context"
 	"io"
+
+	"github.com/sandboxd/sandboxd/pkg/fault"
 )
 
 // CopyIn unpacks a tar stream below a directory of a running workload.
@@ -15,7 +17,9 @@ func (m *Manager) CopyIn(ctx context.Context, ref, path string, r io.Reader) err
 	if err != nil {
 		return err
 	}
-	return e.sessionError(live.client.CopyIn(ctx, containerID, path, r))
+	err = e.sessionError(live.client.CopyIn(ctx, containerID, path, r))
+	fault.At("copy", "into")
+	return err
 }
 
 // CopyOut writes a tar stream of a file or directory of a running workload.
@@ -28,5 +32,7 @@ func (m *Manager) CopyOut(ctx context.Context, ref, path string, w io.Writer) er
 	if err != nil {
 		return err
 	}
-	return e.sessionError(live.client.CopyOut(ctx, containerID, path, w))
+	err = e.sessionError(live.client.CopyOut(ctx, containerID, path, w))
+	fault.At("copy", "out of")
+	return err
 }

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"time"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/oci"
 	"github.com/sandboxd/sandboxd/pkg/phase"
@@ -85,13 +86,16 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 // record writes the record of a new workload. It is on the disk before anyone is told of the workload.
 func (m *Manager) record(e *entry) error {
 	defer phase.Begin(e.id, "record "+string(StateCreated))()
+	fault.At("record", "before created")
 	change, err := m.store.put(&e.rec)
 	if err != nil {
 		return err
 	}
+	fault.At("record", "created written")
 	if err = m.store.sync(change); err != nil {
 		_, _ = m.store.delete(e.id) // it may be there after all, and nobody knows of it
 	}
+	fault.At("record", "created synced")
 	return err
 }
 

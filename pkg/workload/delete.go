@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -21,6 +22,7 @@ func (m *Manager) Delete(ctx context.Context, ref string, force bool) error {
 		if err := e.killWalls(ctx); err != nil {
 			return err
 		}
+		fault.At("delete", "walls killed")
 	}
 	if err := e.lock(ctx); err != nil {
 		return err
@@ -97,16 +99,21 @@ func (e *entry) remove() error {
 	if err := e.runtime().Remove(ctx, e.id); err != nil {
 		return fmt.Errorf("cannot remove sandbox of workload %q: %w", e.name, err)
 	}
+	fault.At("delete", "sandbox removed")
 	if err := e.m.cfg.Networks.Detach(ctx, e.id); err != nil {
 		return fmt.Errorf("cannot remove workload %q: %w", e.name, err)
 	}
+	fault.At("delete", "network left")
 	if err := os.RemoveAll(e.dir()); err != nil {
 		return fmt.Errorf("cannot remove output of workload %q: %w", e.name, err)
 	}
+	fault.At("delete", "output removed")
 	end := phase.Begin(e.id, "record gone")
 	err := recorded()
 	if err == nil {
+		fault.At("record", "before gone")
 		_, err = e.m.store.delete(e.id)
+		fault.At("record", "gone")
 	}
 	end()
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -142,9 +143,11 @@ func (e *entry) moveState(from func(record) bool, s State, change func(*record))
 	}
 	next := e.rec
 	next.assign(s, change)
+	fault.At("record", "before "+string(s))
 	end := phase.Begin(e.id, "record "+string(s))
 	written, err := e.m.store.put(&next)
 	end()
+	fault.At("record", string(s))
 	if err != nil {
 		return err
 	}
@@ -166,7 +169,9 @@ func (e *entry) sync() error {
 	e.mu.Lock()
 	change := e.change
 	e.mu.Unlock()
-	return e.m.store.sync(change)
+	err := e.m.store.sync(change)
+	fault.At("record", "synced")
+	return err
 }
 
 // logUnsynced is for what has happened, on the disk or not.

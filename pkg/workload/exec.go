@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/oci"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -38,6 +39,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session
 	if err != nil {
 		return nil, e.sessionError(err)
 	}
+	fault.At("exec", "process started")
 	s := newExecSession(e, r, proc, p.Command[0])
 	s.stdin.synced = true
 	e.announce(EventExecStarted, map[string]string{"command": s.command})
@@ -142,6 +144,7 @@ func (s *execSession) Wait(ctx context.Context) (spec.Exit, error) {
 		}
 	}
 	s.exited = true
+	fault.At("exec", "ended")
 	s.ends()
 	s.e.announce(EventExecExited, map[string]string{"command": s.command, "exit_code": strconv.Itoa(exit.Code)})
 	return exit, nil
@@ -176,7 +179,9 @@ func (s *execSession) Close() error {
 			return s.closeError(err)
 		}
 	}
-	return s.closeError(s.proc.Release(ctx))
+	err := s.closeError(s.proc.Release(ctx))
+	fault.At("exec", "released")
+	return err
 }
 
 // closeError drops errors that mean the sandbox has gone, and the process with it.

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/fault"
 )
 
 // journal is a file of payloads, appended one after another. It begins with journalMagic; each payload has a header of
@@ -230,8 +232,10 @@ func (j *journal) rewrite(path string, live map[string]places) (*journal, map[st
 		}
 		moved[id] = to
 	}
+	fault.At("journal", "written anew")
 	if err := next.name(path); err != nil {
 		return nil, nil, errors.Join(err, next.close())
 	}
+	fault.At("journal", "named")
 	return next, moved, errors.Join(syncDir(filepath.Dir(path)), j.close())
 }

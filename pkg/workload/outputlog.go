@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/fault"
 )
 
 // outputLog is a workload's output on disk: records appended in the order they were read from the agent, each with the
@@ -108,6 +110,7 @@ func (l *outputLog) addSegmentLocked(at logCursor) error {
 		return err
 	}
 	l.segments = append(l.segments, s)
+	fault.At("output", "made")
 	return nil
 }
 
@@ -187,6 +190,7 @@ func (l *outputLog) appendSome(e LogEntry) (int, error) {
 		return 0, fmt.Errorf("cannot write output log: %w", err)
 	}
 	last.grew(need, len(e.Data))
+	fault.At("output", "appended")
 	l.wakeLocked()
 	return len(e.Data), nil
 }
@@ -205,6 +209,7 @@ func (l *outputLog) dropLocked(need int64) error {
 		oldest.file.Close() // whoever reads it looks again
 		total -= oldest.size
 		l.segments = l.segments[1:]
+		fault.At("output", "oldest removed")
 	}
 	return nil
 }

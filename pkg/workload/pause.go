@@ -6,6 +6,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -77,6 +78,7 @@ func (e *entry) pause(ctx context.Context, r *run) error {
 	if err := pauser.Pause(ctx); err != nil {
 		return errors.Join(err, e.goOnLocked(r))
 	}
+	fault.At("pause", "frozen")
 	return nil
 }
 
@@ -113,6 +115,7 @@ func (e *entry) thaw(r *run) error {
 	if pauser, ok := r.inst.(runtime.Pauser); ok {
 		err = pauser.Resume()
 	}
+	fault.At("pause", "thawed")
 	r.client.Resume()
 	return err
 }

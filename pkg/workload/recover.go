@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -33,6 +34,7 @@ const (
 // does not keep the daemon from the rest; an error means that ctx ended it early.
 func (m *Manager) Recover(ctx context.Context) error {
 	m.removeStrays(ctx)
+	fault.At("recover", "strays removed")
 	var g errgroup.Group
 	g.SetLimit(recoverAtOnce)
 	for _, e := range m.entries() {
@@ -176,12 +178,14 @@ func (e *entry) abandon(ctx context.Context, n int) error {
 
 // adopt follows the instance of an earlier daemon.
 func (e *entry) adopt(ctx context.Context, rec record, inst runtime.Instance) error {
+	fault.At("recover", "attached")
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	r.proc = r.client.Process(runProcess(rec.Run))
 	if err := e.still(ctx, r, rec.Status.State); err != nil {
 		r.client.Close()
 		return err
 	}
+	fault.At("recover", "stilled")
 	switch rec.Status.State {
 	case StateStarting:
 		began, err := e.began(ctx, r)
@@ -211,6 +215,7 @@ func (e *entry) adopt(ctx context.Context, rec record, inst runtime.Instance) er
 	}
 	e.setRun(r)
 	e.announce(EventRecovered, nil)
+	fault.At("recover", "adopted")
 	e.reapply(ctx, rec, r)
 	if rec.Status.State != StatePaused { // then when it goes on
 		e.endOldSessions(ctx, r)
@@ -242,6 +247,7 @@ func (e *entry) recoverGone(ctx context.Context, rec record) error {
 	if err := e.takeDown(ctx); err != nil {
 		return err
 	}
+	fault.At("recover", "taken down")
 	if exit := rec.Status.Exit; exit != nil && rec.Status.State == StateStopping {
 		return e.setState(StateExited, func(r *record) {
 			r.Status.Message = exitMessage(*exit)

@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/oci"
@@ -115,11 +116,13 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		if err := e.takeDown(ctx); err != nil {
 			return nil, fmt.Errorf("cannot clear away the sandbox of the run before: %w", err)
 		}
+		fault.At("start", "earlier sandbox taken down")
 	}
 	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath()})
 	if err != nil {
 		return nil, err
 	}
+	fault.At("start", "sandbox stands")
 	fromFacts(config, inst.Facts())
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	defer func() {
@@ -133,18 +136,21 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	if err != nil {
 		return nil, err
 	}
+	fault.At("start", "joined")
 	end := phase.Begin(e.id, "call: configure")
 	claims, err := r.client.Configure(ctx, config.Hostname, joined)
 	end()
 	if err != nil {
 		return nil, err
 	}
+	fault.At("start", "configured")
 	end = phase.Begin(e.id, "call: create container")
 	err = r.client.CreateContainer(ctx, containerID, config, filter, own)
 	end()
 	if err != nil {
 		return nil, err
 	}
+	fault.At("start", "container created")
 	if err := recorded(); err != nil {
 		return nil, err
 	}
@@ -155,6 +161,7 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 	if err != nil {
 		return nil, err
 	}
+	fault.At("start", "process started")
 	effective, err := json.Marshal(config)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the OCI config: %w", err)

@@ -6,6 +6,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/oci"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -104,12 +105,13 @@ func (e *entry) stopRun(ctx context.Context, rec record, r *run, grace time.Dura
 		if grace > 0 {
 			e.signal(ctx, r, sig, false)
 		}
+		fault.At("stop", "asked to end")
 	}
 	for _, step := range []struct {
 		wait time.Duration
 		then func()
 	}{
-		{grace, func() { e.signal(ctx, r, syscall.SIGKILL, true) }},
+		{grace, func() { e.signal(ctx, r, syscall.SIGKILL, true); fault.At("stop", "killed") }},
 		{killLimit, func() { _ = e.kill(r) }},
 	} {
 		if done, err := e.awaitFor(ctx, step.wait, over); done || err != nil {

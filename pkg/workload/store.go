@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -198,7 +199,7 @@ func (s *store) sync(change uint64) error {
 // compactLocked writes the journal anew when most of it no longer counts.
 func (s *store) compactLocked() error {
 	size := s.journal.size
-	if size < max(compactMin, s.compactAt) {
+	if size < max(fault.Instead[int64](compactMin, 64<<10), s.compactAt) {
 		return nil
 	}
 	counts := int64(0)

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -40,6 +41,7 @@ func (e *entry) supervise(r *run) {
 	exit, err := r.proc.Wait(e.m.ctx)
 	end()
 	if err == nil {
+		fault.At("end", "seen")
 		e.endStill(r)
 		end := phase.Begin(e.id, "last output")
 		err = e.drain(r, pumped)
@@ -47,6 +49,7 @@ func (e *entry) supervise(r *run) {
 		if err != nil && e.m.ctx.Err() == nil {
 			e.m.cfg.Log.Error("output may be incomplete", zap.String("workload", e.id), zap.Error(err))
 		}
+		fault.At("end", "output complete")
 		e.finish(r, &exit, err)
 		return
 	}
@@ -163,6 +166,7 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		end := phase.Begin(e.id, "call: shut down")
 		err := e.shutDown(r)
 		end()
+		fault.At("end", "shut down")
 		if err != nil {
 			e.m.cfg.Log.Warn("sandbox did not shut down in order", zap.String("workload", e.id), zap.Error(err))
 			doubts = append(doubts, "what it wrote last to its disk may be missing: "+err.Error())
@@ -171,6 +175,7 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		exit = rec.Status.Exit
 	}
 	e.release()
+	fault.At("end", "released")
 	if exit == nil {
 		e.mustState(StateFailed, func(rec *record) {
 			rec.Status.Message = strings.Join(append([]string{"the sandbox ended before its process was seen to end: " + why(r, cause)}, doubts...), "; ")

@@ -7,6 +7,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/oci"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
@@ -67,10 +68,12 @@ func (e *entry) update(ctx context.Context, caller spec.Caller, change func(*spe
 	if err := e.amend(record(&to)); err != nil {
 		return err
 	}
+	fault.At("update", "recorded")
 	if err := e.apply(ctx, r, next.Spec.Resources); err != nil {
 		// Back to what was, as far as it goes; what does not is brought there when the daemon comes back.
 		return errors.Join(err, e.amend(record(&before)), e.apply(ctx, r, before.Spec.Resources))
 	}
+	fault.At("update", "applied")
 	e.announce(EventUpdated, nil)
 	return nil
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
@@ -252,6 +253,7 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	// A teardown that began is finished, whoever stops waiting for it.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTimeout)
 	defer cancel()
+	fault.At("container end", "begun")
 	verb := "release: "
 	if layer {
 		verb = "remove: "
@@ -269,25 +271,30 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
+	fault.At("container end", "processes and cgroup")
 	err = timed(id, verb+"layer", func() error { return r.unmounts.ended(ctx, r, id) })
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
+	fault.At("container end", "layer")
 	if err := timed(id, verb+"ids", func() error { return r.config.IDs.Release(madeAs) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
+	fault.At("container end", "ids")
 	if layer {
 		err := timed(id, verb+"layer deleted", func() error { return r.unmounts.remove(r.config.StateDir, id) })
 		if err != nil {
 			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 		}
 	}
+	fault.At("container end", "layer deleted")
 	if err := r.removeUnnamed(ctx, id, madeAs); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	if err := timed(id, verb+"record", func() error { return os.RemoveAll(r.dir(id)) }); err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
+	fault.At("container end", "record")
 	return nil
 }
 
@@ -320,6 +327,7 @@ func (r *Runtime) end(ctx context.Context, parent, id, madeAs string) error {
 		if err := group.Kill(); err != nil {
 			return err
 		}
+		fault.At("container end", "killed")
 	}
 	// The end of PID 1 is an event to wait for; the end of a process that has no instance is polled for by Delete. The
 	// instance is known until then, so that the next try has it too.
@@ -327,6 +335,7 @@ func (r *Runtime) end(ctx context.Context, parent, id, madeAs string) error {
 		if err := i.reap(ctx); err != nil {
 			return err
 		}
+		fault.At("container end", "reaped")
 		r.forget(id)
 	}
 	if group == nil {

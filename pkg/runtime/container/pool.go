@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -256,10 +257,12 @@ func (st *start) become(s spec.Sandbox, img *os.File) error {
 	if err := renameNew(st.r.dir(st.madeAs), st.r.dir(s.ID)); err != nil {
 		return err
 	}
+	fault.At("container from the pool", "directory named")
 	st.s, st.imageFile, st.fresh = s, img, false
 	if err := renameNew(layer(st.madeAs), layer(s.ID)); err != nil {
 		return fmt.Errorf("cannot name the writable layer: %v", err) // not errTaken: something was done
 	}
+	fault.At("container from the pool", "layer named")
 	st.fresh = true
 	st.r.unmounts.forget(st.madeAs)
 	st.r.unmounts.mounted(s.ID, st.loop, disk.LayerPath(st.r.config.StateDir, s.ID))

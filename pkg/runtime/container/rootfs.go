@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
@@ -32,6 +33,7 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	fault.At("container start", "image mounted")
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.leaveImage(img))
@@ -78,6 +80,7 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 		}
 		undo = append([]func() error{detach}, undo...)
 	}
+	fault.At("container start", "layers attached")
 	if err := prepareLayer(dir+"/layer", dir+"/image"); err != nil {
 		return nil, nil, err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -135,6 +136,7 @@ func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File) (*ins
 		}
 		return nil, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)
 	}
+	fault.At("container start", "directory made")
 	st := &start{r: r, s: s, madeAs: s.ID, imageFile: img}
 	defer st.close()
 	for _, step := range steps {
@@ -158,6 +160,7 @@ func (st *start) do(ctx context.Context, s step) error {
 			end := phase.Begin(st.s.ID, "start: "+s.name)
 			err = s.run(st, ctx)
 			end()
+			fault.At("container start", s.name)
 		}
 		if err != nil {
 			return &stepError{s.name, fmt.Errorf("cannot start sandbox %s: %w", st.s.ID, err)}
@@ -267,6 +270,7 @@ func (st *start) attachLayer(ctx context.Context) error {
 			return err
 		}
 	}
+	fault.At("container start", "layer there")
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return fmt.Errorf("cannot open the writable layer: %w", err)
@@ -277,6 +281,7 @@ func (st *start) attachLayer(ctx context.Context) error {
 		return err
 	}
 	defer loop.Close() //nolint:errcheck // the mount keeps the device
+	fault.At("container start", "layer on a loop device")
 	st.layer, err = mountFS("ext4", unix.MOUNT_ATTR_NODEV, option{"source", fdPath(loop)}, option{"errors", "remount-ro"})
 	if err != nil {
 		return fmt.Errorf("cannot mount the writable layer: %w", err)
@@ -305,6 +310,7 @@ func (st *start) introduce(ctx context.Context) error {
 	if err := st.agent.introduce(ctx, st.root, st.listener); err != nil {
 		return err
 	}
+	fault.At("container start", "agent has its root")
 	started, err := processStartTime(st.agent.pid)
 	if err != nil {
 		return err
@@ -316,6 +322,7 @@ func (st *start) introduce(ctx context.Context) error {
 	if err := writeRecord(st.r.dir(st.s.ID), st.rec); err != nil {
 		return err
 	}
+	fault.At("container start", "known")
 	_ = st.agent.boot.Close() // the agent closed its end
 	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, st.agent.crash, st.image)
 	st.agent, st.image = nil, nil // the instance's now

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -132,6 +133,7 @@ func (g *guest) prepareKernel(dir string) error {
 	if err := writeFileDurable(g.vmlinuxPath, kernel.vmlinux, 0o444); err != nil {
 		return err
 	}
+	fault.At("vm guest", "kernel written")
 	if err := writeFileDurable(releasePath, []byte(kernel.release), 0o400); err != nil {
 		return err
 	}
@@ -259,6 +261,7 @@ func writeFile(path string, data []byte, perm fs.FileMode, finish func(*os.File)
 	if err == nil {
 		err = finish(f)
 	}
+	fault.At("vm guest", "half written")
 	if err = errors.Join(err, f.Close()); err == nil {
 		err = os.Rename(f.Name(), path)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -35,23 +36,28 @@ func (r *Runtime) end(ctx context.Context, id string, keepLayer bool) error {
 // destroy takes down whatever there is of id, in this order: nothing that a step frees may still be used, and the
 // directory by which List finds it goes last. It is for failed starts, removal and recovery alike.
 func (r *Runtime) destroy(ctx context.Context, id string, keepLayer bool) error {
+	fault.At("vm end", "begun")
 	if err := r.killAll(ctx, id); err != nil {
 		return err
 	}
 	if err := r.awaitEnd(ctx, id); err != nil {
 		return err
 	}
+	fault.At("vm end", "processes ended")
 	if err := r.cfg.IDs.Release(id); err != nil {
 		return err
 	}
+	fault.At("vm end", "ids")
 	if !keepLayer {
 		if err := disk.RemoveLayer(r.cfg.StateDir, id); err != nil {
 			return err
 		}
 	}
+	fault.At("vm end", "layer deleted")
 	if err := os.RemoveAll(r.dir(id)); err != nil {
 		return fmt.Errorf("cannot remove its directory: %w", err)
 	}
+	fault.At("vm end", "directory removed")
 	return nil
 }
 
@@ -73,6 +79,7 @@ func (r *Runtime) killAll(ctx context.Context, id string) error {
 	if err != nil && spec.KindOf(err) != spec.KindNotFound {
 		return err
 	}
+	fault.At("vm end", "cgroup deleted")
 	for _, p := range []process{rec.QEMU, rec.Helper} {
 		if err := p.end(ctx); err != nil {
 			return fmt.Errorf("cannot end process %d: %w", p.PID, err)

@@ -18,6 +18,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/console"
 	"github.com/sandboxd/sandboxd/pkg/disk"
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -117,9 +118,11 @@ func (b *boot) run(ctx context.Context) (*instance, error) {
 	} else if err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "directory made")
 	i, err := b.build(ctx)
 	if err == nil {
 		err = b.awaitAgent(ctx, i)
+		fault.At("vm start", "agent heard")
 	}
 	if err == nil {
 		return i, nil
@@ -162,20 +165,25 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 			err = errors.Join(err, b.transport.Close())
 		}
 	}()
+	fault.At("vm start", "transport made")
 	b.rec = record{ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath}
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "recorded")
 	if b.uid, err = b.r.cfg.IDs.Allocate(b.sandbox.ID); err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "ids")
 	b.group, err = cgroup.New(b.r.cfg.CgroupParent, b.sandbox.ID, b.r.limits(b.sandbox.Resources, b.accel))
 	if err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "cgroup")
 	if err := b.makeWorkDir(); err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "work directory")
 	b.voices = &voices{}
 	if b.voices.log, err = console.Open(b.sandbox.ConsolePath); err != nil {
 		return nil, err
@@ -188,6 +196,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 	if err := b.makeLayer(ctx); err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "layer")
 	return b.startProcesses(token, ends)
 }
 
@@ -247,6 +256,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 			return nil, err
 		}
 		b.files = append(b.files, b.card.tap)
+		fault.At("vm start", "network card")
 	}
 	i := &instance{r: b.r, rec: b.rec, netns: b.card.netns, group: b.group, dir: b.dir, transport: b.transport, logger: b.r.cfg.Logger, layer: b.layer, voices: b.voices}
 	defer func() {
@@ -275,6 +285,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 			return nil, err
 		}
 	}
+	fault.At("vm start", "helper runs")
 	qemu, err := b.qemu(token, ends.QEMU)
 	if err != nil {
 		return nil, err
@@ -288,11 +299,13 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 	if i.rec.QEMU, err = run(memberQEMU, qemu, b.voices.guest, b.voices.qemu); err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "QEMU runs")
 	b.initrd, _ = b.keep(qemu.jail.initrd, nil)
 	b.voices.all((*voice).started)
 	if err := i.rec.save(b.dir); err != nil {
 		return nil, err
 	}
+	fault.At("vm start", "processes recorded")
 	b.r.watch(i)
 	return i, nil
 }

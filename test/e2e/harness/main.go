@@ -27,8 +27,8 @@ var (
 	sandboxctl, sandboxd, guestKernel string
 )
 
-// Main runs a package's tests with a daemon that they share, which has the named images; ready is given it. It is the
-// whole of a TestMain but for os.Exit.
+// Main runs a package's tests with a daemon that they share, which has the named images; ready is given it. Without ready
+// there is none. It is the whole of a TestMain but for os.Exit.
 func Main(m *testing.M, name string, images []string, ready func(*Daemon)) int {
 	code, err := run(m, name, images, ready)
 	if err != nil {
@@ -50,6 +50,9 @@ func run(m *testing.M, name string, images []string, ready func(*Daemon)) (code 
 		return 1, err
 	}
 	defer os.RemoveAll(idDir)
+	if ready == nil {
+		return m.Run(), nil
+	}
 	shared, err := NewDaemon(name)
 	if err != nil {
 		return 1, err
