@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/sandboxd/sandboxd/pkg/audit"
 	"github.com/sandboxd/sandboxd/pkg/runtime/container"
 )
 
@@ -31,6 +32,9 @@ type config struct {
 	idDir       string
 	policy      string
 	access      string
+	auditLog    string
+	auditSize   bytesValue
+	auditKeep   int
 	tlsCert     string
 	tlsKey      string
 	tlsClientCA string
@@ -64,6 +68,10 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.idDir, "id-dir", "/run/sandboxd/ids", "directory in which all daemons of this host share out user ids")
 	f.StringVar(&c.policy, "policy", "", "policy file; without one callers choose the isolation, and auto means vm")
 	f.StringVar(&c.access, "access", "", "file of roles: who may do what; without one whoever the socket's mode lets in may do everything. SIGHUP reads it again")
+	c.auditSize = 64 << 20
+	f.StringVar(&c.auditLog, "audit-log", "", "file with a line of JSON of every call that changes something (default: audit/audit.log in the state directory); none for none")
+	f.Var(&c.auditSize, "audit-log-size", "size at which it is rotated")
+	f.IntVar(&c.auditKeep, "audit-log-keep", 15, "how many rotated ones are kept")
 	f.StringVar(&c.tlsCert, "tls-cert", "", "certificate to show over TCP, PEM; read again when it changes, as the next two")
 	f.StringVar(&c.tlsKey, "tls-key", "", "its key")
 	f.StringVar(&c.tlsClientCA, "tls-client-ca", "", "authorities whose certificates callers over TCP must show")
@@ -162,6 +170,12 @@ func (c *config) check() error {
 	}
 	if c.agentPool < 0 || c.agentPool > container.MaxPool {
 		return fmt.Errorf("cannot use --agent-pool %d: it is between 0 and %d", c.agentPool, container.MaxPool)
+	}
+	if c.auditLog != "" && c.auditLog != noAudit && !filepath.IsAbs(c.auditLog) {
+		return fmt.Errorf("cannot use --audit-log %q: give an absolute path, or %s", c.auditLog, noAudit)
+	}
+	if c.auditSize < audit.MinSizeBytes || c.auditKeep < 1 {
+		return fmt.Errorf("cannot use --audit-log-size %s with --audit-log-keep %d: at least 1m and 1 are needed", c.auditSize.String(), c.auditKeep)
 	}
 	if c.cgroup == "" || strings.Contains(c.cgroup, "..") || strings.HasPrefix(c.cgroup, "/") {
 		return fmt.Errorf("cannot use --cgroup-parent %q: give a name, or a relative path that stays below", c.cgroup)

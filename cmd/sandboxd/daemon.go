@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/access"
+	"github.com/sandboxd/sandboxd/pkg/audit"
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
@@ -66,6 +68,10 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 		return nil, err
 	}
 	if err := d.openTrace(c.trace); err != nil {
+		return nil, err
+	}
+	trail, err := d.openAudit(c)
+	if err != nil {
 		return nil, err
 	}
 	rules, err := loadPolicy(c.policy)
@@ -129,7 +135,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 
 	d.server, err = server.New(server.Config{
 		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes, NetworkChecks: networks.Checks,
-		Access: roles, TLS: d.tls,
+		Access: roles, TLS: d.tls, Audit: trail,
 		Host: server.Host{
 			Version: spec.Version, Commit: spec.Commit, StateDir: c.stateDir, RunDir: c.runDir,
 			Socket: d.socket, CgroupMode: cgroup.Mode(), PolicyFile: c.policy,
@@ -224,6 +230,25 @@ func (d *daemon) openTrace(path string) error {
 	d.onClose(f.Close)
 	phase.To(f)
 	return nil
+}
+
+// noAudit in place of a path is for no audit log.
+const noAudit = "none"
+
+// openAudit is nil if there shall be no audit log.
+func (d *daemon) openAudit(c config) (*audit.Log, error) {
+	if c.auditLog == noAudit {
+		return nil, nil
+	}
+	trail, err := audit.Open(audit.Config{
+		Path:      cmp.Or(c.auditLog, filepath.Join(c.stateDir, "audit", "audit.log")),
+		SizeBytes: int64(c.auditSize), Keep: c.auditKeep,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(trail.Close)
+	return trail, nil
 }
 
 func loadPolicy(path string) (*policy.Policy, error) {

@@ -32,7 +32,7 @@ type row struct {
 	// In place of a verb: whoever could open the socket, provided the transport proved who it is.
 	open bool
 	on   subject
-	// The call changes something, or could, or lets out what may be secret: an audit log, when there is one, must have it.
+	// The call changes something, or could, or lets out what may be secret: the audit log has it.
 	audited bool
 	// The call lasts as long as its caller likes, so a daemon that stops ends it at once instead of waiting for it.
 	long bool

@@ -83,8 +83,11 @@ func anySelects(roles []*access.Role, labels map[string]string, owner, caller sp
 	return false
 }
 
-// SetAccess has calls from now on follow another table.
-func (s *Server) SetAccess(t *access.Table) { s.access.Store(t) }
+// SetAccess has calls from now on follow another table. That is in the audit log, too.
+func (s *Server) SetAccess(t *access.Table) {
+	s.access.Store(t)
+	s.auditRoles()
+}
 
 // authorize is the first step: whether the caller may use the method at all.
 func (s *Server) authorize(ctx context.Context, method string) (*permit, error) {

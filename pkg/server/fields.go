@@ -21,8 +21,10 @@ type field struct {
 	only func(m proto.Message) []protoreflect.FieldDescriptor
 	// free is the reason why it needs no leave beyond that of the call.
 	free string
-	// Its value is no secret: an audit log, when there is one, may have it.
+	// Its value is no secret: the audit log has it.
 	audited bool
+	// What an audit log has in place of its value.
+	summary func(b auditBound, v protoreflect.Value) any
 }
 
 const (
@@ -51,7 +53,7 @@ var fields = map[protoreflect.FullName]field{
 
 	"sandboxd.v1.WorkloadSpec.seccomp": {check: needs(access.Seccomp)},
 	"sandboxd.v1.Seccomp.unconfined":   {free: "checked with the field that holds it", audited: true},
-	"sandboxd.v1.Seccomp.profile":      {free: "checked with the field that holds it"},
+	"sandboxd.v1.Seccomp.profile":      {free: "checked with the field that holds it", summary: sized},
 
 	"sandboxd.v1.Mount.type":       {free: "checked with the list of mounts", audited: true},
 	"sandboxd.v1.Mount.source":     {free: "checked with the list of mounts", audited: true},
@@ -60,9 +62,9 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.Mount.size_bytes": {free: "of a tmpfs, whose pages count as the sandbox's memory", audited: true},
 	"sandboxd.v1.Mount.mode":       {free: inside, audited: true},
 
-	"sandboxd.v1.ProcessSpec.entrypoint":    {free: inside},
-	"sandboxd.v1.ProcessSpec.command":       {free: inside},
-	"sandboxd.v1.ProcessSpec.env":           {free: inside},
+	"sandboxd.v1.ProcessSpec.entrypoint":    {free: inside, summary: program},
+	"sandboxd.v1.ProcessSpec.command":       {free: inside, summary: counted},
+	"sandboxd.v1.ProcessSpec.env":           {free: inside, summary: variables},
 	"sandboxd.v1.ProcessSpec.user":          {free: "a user of the image, mapped to none of the host's", audited: true},
 	"sandboxd.v1.ProcessSpec.working_dir":   {free: inside, audited: true},
 	"sandboxd.v1.ProcessSpec.terminal":      {free: inside, audited: true},
@@ -144,8 +146,8 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.ExecRequest.resize":      {free: inside},
 	"sandboxd.v1.ExecRequest.signal":      {free: inside},
 	"sandboxd.v1.ExecStart.id":            {free: names, audited: true},
-	"sandboxd.v1.ExecStart.command":       {free: inside},
-	"sandboxd.v1.ExecStart.env":           {free: inside},
+	"sandboxd.v1.ExecStart.command":       {free: inside, summary: program},
+	"sandboxd.v1.ExecStart.env":           {free: inside, summary: variables},
 	"sandboxd.v1.ExecStart.user":          {free: "a user of the image, mapped to none of the host's; the workload's capabilities bound it", audited: true},
 	"sandboxd.v1.ExecStart.working_dir":   {free: inside, audited: true},
 	"sandboxd.v1.ExecStart.terminal":      {free: inside, audited: true},

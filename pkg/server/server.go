@@ -25,6 +25,7 @@ import (
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/pkg/access"
+	"github.com/sandboxd/sandboxd/pkg/audit"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -67,6 +68,8 @@ type Config struct {
 	Access *access.Table
 	// Of TCP listeners; without it they refuse everybody.
 	TLS *TLSFiles
+	// Has a line of every call that changes something; nil for none.
+	Audit *audit.Log
 }
 
 // Host is what Info and Doctor tell of the daemon and its host, as main knows it.
@@ -153,14 +156,15 @@ func (s *Server) Stop() {
 	s.receivers.Wait()
 }
 
-// call is what every call goes through, in this order.
-func (s *Server) call(ctx context.Context, method string, handle func(context.Context) error) (err error) {
+// call is what every call goes through, in this order. request is nil of a stream.
+func (s *Server) call(ctx context.Context, method string, request any, handle func(context.Context) error) (err error) {
 	began := time.Now()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if methods[method].long {
 		defer context.AfterFunc(s.stopping, func() { cancel(context.Cause(s.stopping)) })()
 	}
+	audited := s.beginAudit(ctx, method, request)
 	permit, err := s.authorize(ctx, method)
 	if err == nil {
 		var leave func()
@@ -170,19 +174,26 @@ func (s *Server) call(ctx context.Context, method string, handle func(context.Co
 	}
 	if err == nil {
 		ctx = context.WithValue(ctx, permitKey{}, permit)
+		if audited != nil {
+			ctx = context.WithValue(ctx, auditKey{}, audited)
+		}
 		err = s.guarded(method, func() error { return handle(ctx) })
 	}
 	answer := toStatus(ctx, err)
+	audited.ended(s.Log, answer)
 	s.logCall(ctx, method, time.Since(began), err, answer)
 	return answer
 }
 
 func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	err = s.call(ctx, info.FullMethod, func(ctx context.Context) error {
+	err = s.call(ctx, info.FullMethod, req, func(ctx context.Context) error {
 		if err := s.admit(ctx, info.FullMethod, req); err != nil {
 			return err
 		}
 		resp, err = handler(ctx, req)
+		if err == nil {
+			auditOf(ctx).answered(resp)
+		}
 		return err
 	})
 	if err != nil {
@@ -192,7 +203,7 @@ func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnarySe
 }
 
 func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	return s.call(stream.Context(), info.FullMethod, func(ctx context.Context) error {
+	return s.call(stream.Context(), info.FullMethod, nil, func(ctx context.Context) error {
 		return handler(srv, &callStream{ServerStream: stream, ctx: ctx, server: s, method: info.FullMethod})
 	})
 }
@@ -233,7 +244,7 @@ func (s *Server) admit(ctx context.Context, method string, m any) error {
 	if err := s.validate(m); err != nil {
 		return err
 	}
-	return s.authorizeMessage(ctx, method, m.(proto.Message))
+	return s.auditAdmitted(ctx, method, m.(proto.Message), s.authorizeMessage(ctx, method, m.(proto.Message)))
 }
 
 // callStream is a client's stream whose messages are validated, whose first one is authorized, and whose context is the
@@ -247,6 +258,13 @@ type callStream struct {
 }
 
 func (c *callStream) Context() context.Context { return c.ctx }
+
+func (c *callStream) SendMsg(m any) error {
+	if methods[c.method].on == onRequest { // of others an answer says nothing new, and there may be gigabytes of them
+		auditOf(c.ctx).answered(m)
+	}
+	return c.ServerStream.SendMsg(m)
+}
 
 func (c *callStream) RecvMsg(m any) error {
 	if err := c.ServerStream.RecvMsg(m); err != nil {

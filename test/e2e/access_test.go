@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -13,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -137,6 +139,7 @@ func TestRoles(t *testing.T) {
 				as(c.args...).Run().WantError(t, 125, c.rule)
 				remote(c.args...).Run().WantError(t, 125, c.rule)
 			}
+			checkAudit(t, d, iso, mine, foreign)
 		})
 	}
 
@@ -158,6 +161,41 @@ func TestRoles(t *testing.T) {
 		return strings.Contains(d.LogTail(), "what was read before holds"), d.LogTail()
 	})
 	d.Call(t, "ps")
+}
+
+// checkAudit looks for what the tenant did and tried, by user and by certificate, in the daemon's audit log.
+func checkAudit(t *testing.T, d *harness.Daemon, iso, mine, foreign string) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(d.StateDir, "audit", "audit.log"))
+	must(t, err)
+	var lines []string
+	for line := range strings.Lines(string(b)) {
+		if !json.Valid([]byte(line)) {
+			t.Errorf("a line of the audit log is no JSON: %s", line)
+		}
+		lines = append(lines, line)
+	}
+	user, certificate := fmt.Sprintf(`"transport":"unix","uid":%d,`, tenant), `"transport":"tls","names":["uri:spiffe://example/a"]`
+	for _, want := range [][]string{
+		{user, "/CreateWorkload", `"workload":"` + mine, `"memory_bytes":134217728`, `"decision":"allowed","rule":"tenant-a"`, `"code":"OK"`},
+		{user, "/StartWorkload", `"workload":"` + mine, `"code":"OK"`},
+		{user, "/Exec", `"workload":"` + mine, `"command":{"arguments":1,"program":"echo"}`, `"part":"begin"`},
+		{certificate, "/Exec", `"workload":"` + mine, `"part":"end"`, `"code":"OK"`},
+		{user, "/PauseWorkload", `"workload":"` + mine},
+		{certificate, "/ResumeWorkload", `"workload":"` + mine},
+		{user, "/CreateWorkload", `"source":"/etc"`, `"decision":"denied","rule":"tenant-a.binds"`, `"code":"PermissionDenied","reason":"FORBIDDEN"`},
+		{certificate, "/UpdateWorkload", `"decision":"denied","rule":"tenant-a.max.memory"`},
+		{user, "/DeleteWorkload", `"workload":"` + foreign, `"id":"foreign-` + iso + `"`, `"decision":"refused"`, `"code":"NotFound"`},
+	} {
+		if !slices.ContainsFunc(lines, func(line string) bool {
+			return !slices.ContainsFunc(want, func(part string) bool { return !strings.Contains(line, part) })
+		}) {
+			t.Errorf("no line of the audit log has %q", want)
+		}
+	}
+	if strings.Contains(string(b), "/GetWorkload") {
+		t.Error("what only looks is in the audit log")
+	}
 }
 
 // authority signs the certificates of a test.

@@ -318,6 +318,7 @@ func listNetworkDevices(*Daemon) ([]string, error) {
 // kept matches what a daemon makes once, below its state directory, and keeps for the next workload. Nothing else may
 // be new there after a test, a half-made one of these included.
 var kept = regexp.MustCompile(`^disk-templates/ext4-\d+-\d+$|` + // a formatted disk of each size
+	`^audit/audit\.log(\.\d+)?$|` + // bounded by --audit-log-keep
 	`^microvm/(kernel|initramfs)$|^microvm/kernel/[0-9a-f]{64}(/release|/vmlinux)?$|^microvm/initramfs/[0-9a-f]{64}\.cpio$`) // of the guest kernel
 
 func listFiles(d *Daemon) ([]string, error) {
