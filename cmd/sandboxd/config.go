@@ -41,6 +41,7 @@ type config struct {
 	vmAccel     string
 	vmKVMTrial  time.Duration
 	vmKernel    string
+	templates   templateFlags
 	agent       string
 	vsockHelper string
 	cgroup      string
@@ -78,6 +79,7 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.vmAccel, "vm-accel", "kvm", "how VMs run: kvm, tcg (software emulation, for development), or auto (kvm where it works)")
 	f.DurationVar(&c.vmKVMTrial, "vm-kvm-trial", 10*time.Second, "how long the guest that tries KVM out may take; a host that is itself emulated needs more")
 	f.StringVar(&c.vmKernel, "vm-kernel", "", "guest kernel, a vmlinuz; searched for when empty")
+	c.templates.register(f)
 	f.StringVar(&c.agent, "agent", "", "path of sandbox-agent (default: beside this program, else in "+libexec+")")
 	f.StringVar(&c.vsockHelper, "vsock-helper", "", "path of sandbox-vsock (default: beside this program, else in "+libexec+")")
 	f.StringVar(&c.cniConfDir, "cni-conf-dir", "/etc/cni/net.d", "directory of the networks workloads may join: CNI's *.conflist files")
@@ -176,6 +178,9 @@ func (c *config) check() error {
 	}
 	if c.auditSize < audit.MinSizeBytes || c.auditKeep < 1 {
 		return fmt.Errorf("cannot use --audit-log-size %s with --audit-log-keep %d: at least 1m and 1 are needed", c.auditSize.String(), c.auditKeep)
+	}
+	if err := c.templates.check(); err != nil {
+		return err
 	}
 	if c.cgroup == "" || strings.Contains(c.cgroup, "..") || strings.HasPrefix(c.cgroup, "/") {
 		return fmt.Errorf("cannot use --cgroup-parent %q: give a name, or a relative path that stays below", c.cgroup)

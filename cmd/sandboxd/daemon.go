@@ -118,6 +118,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	manager, err := workload.New(workload.Config{
 		StateDir: c.stateDir, Log: log.Named("workload"),
 		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts, Networks: networks,
+		Templates: c.templates.sharing(),
 	})
 	if err != nil {
 		return nil, err
@@ -327,6 +328,7 @@ func (d *daemon) newRuntimes(c config, log *zap.Logger) (_ map[spec.Isolation]ru
 		RunDir: c.runDir, StateDir: c.stateDir, CgroupParent: c.cgroup, Agent: agent,
 		Logger: log.Named("microvm"), Disk: disks, IDs: ids,
 		Kernel: c.vmKernel, Accel: c.vmAccel, KVMTrial: c.vmKVMTrial, VsockHelper: helper,
+		Templates: c.templates.config(),
 	})
 	if err != nil {
 		return nil, nil, err

@@ -31,13 +31,17 @@ const (
 	ImagesView   Verb = "images-view"
 	ImagesAdd    Verb = "images-add"
 	ImagesRemove Verb = "images-remove"
+	// Of the templates that VMs are cloned from.
+	TemplatesView   Verb = "templates-view"
+	TemplatesBuild  Verb = "templates-build" // of images whose names the role lists, within its limits
+	TemplatesRemove Verb = "templates-remove"
 	// Of the daemon.
 	PolicyView Verb = "policy-view"
 	SystemView Verb = "system-view" // version, paths, what the host can do
 )
 
 // Verbs are all there are.
-var Verbs = []Verb{View, Logs, Create, Control, Update, Delete, Exec, Copy, ImagesView, ImagesAdd, ImagesRemove, PolicyView, SystemView}
+var Verbs = []Verb{View, Logs, Create, Control, Update, Delete, Exec, Copy, ImagesView, ImagesAdd, ImagesRemove, TemplatesView, TemplatesBuild, TemplatesRemove, PolicyView, SystemView}
 
 // Privilege is something a request may ask for that the default sandbox does not have and that no other key of a role
 // is about.

@@ -54,6 +54,7 @@ type Client struct {
 	Images    sandboxdv1.ImageServiceClient
 	Policy    sandboxdv1.PolicyServiceClient
 	System    sandboxdv1.SystemServiceClient
+	Templates sandboxdv1.TemplateServiceClient
 
 	conn *grpc.ClientConn
 }
@@ -122,6 +123,7 @@ func connect(address, target string, creds credentials.TransportCredentials) (*C
 		Images:    sandboxdv1.NewImageServiceClient(conn),
 		Policy:    sandboxdv1.NewPolicyServiceClient(conn),
 		System:    sandboxdv1.NewSystemServiceClient(conn),
+		Templates: sandboxdv1.NewTemplateServiceClient(conn),
 		conn:      conn,
 	}, nil
 }

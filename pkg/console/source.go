@@ -14,6 +14,7 @@ type Source struct {
 	log    *Log
 	prefix string
 	seen   func(line string)
+	ignore string
 
 	mu      sync.Mutex
 	partial []byte // a line whose end has not come; guarded by mu
@@ -25,6 +26,12 @@ type Source struct {
 // is stored, without the prefix.
 func (l *Log) Source(prefix string, seen func(line string)) *Source {
 	return &Source{log: l, prefix: prefix, seen: seen}
+}
+
+// Ignoring has s drop every line with part in it, for what is said each time and helps nobody.
+func (s *Source) Ignoring(part string) *Source {
+	s.ignore = part
+	return s
 }
 
 // Write implements io.Writer. It takes everything, also after an error, which says that something was not kept.
@@ -55,7 +62,7 @@ func (s *Source) Flush() error {
 func (s *Source) endLineLocked() error {
 	text := strings.TrimRight(escape(s.partial), " ")
 	s.partial = s.partial[:0]
-	if text == "" {
+	if text == "" || s.ignore != "" && strings.Contains(text, s.ignore) {
 		return nil
 	}
 	if s.seen != nil {

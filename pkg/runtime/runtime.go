@@ -78,12 +78,16 @@ type Facts struct {
 	HostPID int
 	// "kvm" or "tcg"; empty where there is no VMM.
 	Accelerator string
-	// How Dial reaches the agent: "unix", "vsock", "vhost-user-vsock".
+	// How Dial reaches the agent: "unix", "vsock", "vhost-user-vsock", "virtio-serial".
 	AgentTransport string
 	// The host's first of the 65,536 user and group ids that are 0 and up in the sandbox; 0 where it has a kernel of its own.
 	IDBase uint32
 	// The AppArmor profile its processes are to run under, loaded; empty where there is none.
 	AppArmorProfile string
+	// "cold", "template" or "pool"; empty where there is only one way.
+	StartedFrom string
+	// One sentence, where there was a template or a pool and it could not be used.
+	StartNote string
 }
 
 // LimitChecker is a Runtime that knows limits which not every host can enforce.

@@ -73,6 +73,11 @@ var methods = map[string]row{
 	sandboxdv1.PolicyService_Explain_FullMethodName:   {verb: access.Create, on: onRequest},
 	sandboxdv1.PolicyService_GetPolicy_FullMethodName: {verb: access.PolicyView},
 
+	sandboxdv1.TemplateService_ListTemplates_FullMethodName: {verb: access.TemplatesView},
+	// Given up when the daemon stops: it leaves nothing half done.
+	sandboxdv1.TemplateService_BuildTemplate_FullMethodName:  {verb: access.TemplatesBuild, on: onRequest, audited: true, long: true},
+	sandboxdv1.TemplateService_RemoveTemplate_FullMethodName: {verb: access.TemplatesRemove, audited: true},
+
 	sandboxdv1.SystemService_Info_FullMethodName:   {verb: access.SystemView},
 	sandboxdv1.SystemService_Doctor_FullMethodName: {verb: access.SystemView},
 

@@ -26,7 +26,7 @@ import (
 )
 
 // services are those of this API.
-var services = []string{"WorkloadService", "ImageService", "PolicyService", "SystemService"}
+var services = []string{"WorkloadService", "ImageService", "TemplateService", "PolicyService", "SystemService"}
 
 // eachMethod calls fn with every method of this API.
 func eachMethod(t *testing.T, fn func(full string, m protoreflect.MethodDescriptor)) {
@@ -136,6 +136,9 @@ func fill(m protoreflect.Message) {
 		switch f.Name() {
 		case "id", "reference", "image":
 			m.Set(f, protoreflect.ValueOfString("busybox"))
+			if f.Parent().Name() == "RemoveTemplateRequest" {
+				m.Set(f, protoreflect.ValueOfString("abcd"))
+			}
 		case "path":
 			m.Set(f, protoreflect.ValueOfString("/tmp"))
 		case "isolation":

@@ -76,7 +76,7 @@ type auditWho struct {
 // workload, or to make room on a full disk, must be able to.
 func takesAway(method string) bool {
 	switch methods[method].verb {
-	case access.Delete, access.ImagesRemove:
+	case access.Delete, access.ImagesRemove, access.TemplatesRemove:
 		return true
 	}
 	name := method[strings.LastIndexByte(method, '/')+1:]

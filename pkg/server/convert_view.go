@@ -93,6 +93,8 @@ func statusToAPI(s workload.Status) *sandboxdv1.WorkloadStatus {
 		Isolation:      isolations.toAPI(s.Isolation),
 		Accelerator:    s.Accelerator,
 		AgentTransport: s.AgentTransport,
+		StartedFrom:    s.StartedFrom,
+		StartNote:      validUTF8(s.StartNote),
 		Decision:       decisionToAPI(s.Decision),
 		Message:        validUTF8(s.Message),
 		StartedAt:      timeToAPI(s.StartedAt),

@@ -178,6 +178,11 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.RemoveImageRequest.reference": {check: mayRemoveImage, unset: true, audited: true},
 	"sandboxd.v1.ListImagesRequest.page_size":  {free: answers},
 	"sandboxd.v1.ListImagesRequest.page_token": {free: "a place in the order of images; what is behind it is filtered"},
+
+	"sandboxd.v1.BuildTemplateRequest.image":     {check: mayBuildOf, unset: true, audited: true},
+	"sandboxd.v1.BuildTemplateRequest.resources": {free: parts, unset: true},
+	"sandboxd.v1.BuildTemplateRequest.labels":    {check: labelsFit, unset: true, audited: true},
+	"sandboxd.v1.RemoveTemplateRequest.id":       {free: "templates have no owners: who may remove one may remove all", audited: true},
 }
 
 // onSpec makes a check of one on a workload's spec.

@@ -82,6 +82,8 @@ var excess = map[protoreflect.FullName]struct {
 	"sandboxd.v1.PullImageRequest.insecure":    {"privileges", toTrue},
 	"sandboxd.v1.GetImageRequest.reference":    {"images", toString("registry.example/other")},
 	"sandboxd.v1.RemoveImageRequest.reference": {"images", toString("registry.example/other")},
+	"sandboxd.v1.BuildTemplateRequest.image":   {"images", toString("registry.example/other")},
+	"sandboxd.v1.BuildTemplateRequest.labels":  {"workloads", toTenant("b")},
 }
 
 func toString(s string) func(protoreflect.Message, protoreflect.FieldDescriptor) {
@@ -123,7 +125,7 @@ func toBind(m protoreflect.Message, f protoreflect.FieldDescriptor) {
 
 // littleRole may do everything, and ask for nothing beyond the minimal request.
 const littleRole = `  - name: little
-    may: [view, logs, create, control, update, delete, exec, copy, images-view, images-add, images-remove, policy-view, system-view]
+    may: [view, logs, create, control, update, delete, exec, copy, images-view, images-add, images-remove, templates-view, templates-build, templates-remove, policy-view, system-view]
     workloads: {tenant: a}
     isolation: [vm]
     images: ["docker.io/library/busybox:*"]

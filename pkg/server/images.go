@@ -28,9 +28,17 @@ func (s *Server) meaning(ref string) (names []string, ok bool) {
 }
 
 func (s *Server) mayUse(r *access.Role, w *sandboxdv1.WorkloadSpec) string {
-	names, ok := s.meaning(w.GetImage())
+	return s.mayUseImage(r, w.GetImage())
+}
+
+func mayBuildOf(s *Server, r *access.Role, m proto.Message) string {
+	return s.mayUseImage(r, m.(*sandboxdv1.BuildTemplateRequest).GetImage())
+}
+
+func (s *Server) mayUseImage(r *access.Role, ref string) string {
+	names, ok := s.meaning(ref)
 	if !ok {
-		return s.mayName(r, w.GetImage())
+		return s.mayName(r, ref)
 	}
 	return r.Uses(names...)
 }

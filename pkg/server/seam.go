@@ -7,6 +7,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/image"
 	"github.com/sandboxd/sandboxd/pkg/policy"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 	"github.com/sandboxd/sandboxd/pkg/workload"
 )
@@ -17,6 +18,7 @@ type Workloads interface {
 	lifecycle
 	views
 	processes
+	templates
 	// Explain decides and changes nothing.
 	Explain(context.Context, workload.CreateOptions) (policy.Decision, error)
 	ImageInUse(digest string) bool
@@ -33,6 +35,12 @@ type lifecycle interface {
 	Pause(ctx context.Context, ref string) (workload.Workload, error)
 	Resume(ctx context.Context, ref string) (workload.Workload, error)
 	Update(ctx context.Context, ref string, caller spec.Caller, change func(*spec.Resources)) (workload.Workload, error)
+}
+
+type templates interface {
+	Templates(context.Context) ([]runtime.Template, error)
+	BuildTemplate(context.Context, workload.TemplateOptions) (runtime.Template, error)
+	RemoveTemplate(ctx context.Context, prefix string) error
 }
 
 type views interface {

@@ -129,6 +129,7 @@ func New(c Config) (*Server, error) {
 	sandboxdv1.RegisterImageServiceServer(s.grpc, &imageService{Server: s})
 	sandboxdv1.RegisterPolicyServiceServer(s.grpc, &policyService{Server: s})
 	sandboxdv1.RegisterSystemServiceServer(s.grpc, &systemService{Server: s})
+	sandboxdv1.RegisterTemplateServiceServer(s.grpc, &templateService{Server: s})
 	for name := range s.grpc.GetServiceInfo() {
 		s.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
 	}

@@ -25,14 +25,16 @@ type BootResult struct {
 // VMBoot is the file /boot.json of a guest's initramfs, mode 0400, made anew for each boot.
 type VMBoot struct {
 	Version int `json:"version"` // ProtocolVersion
-	// Hexadecimal, TokenLen bytes.
-	Token string `json:"token"`
+	// Hexadecimal, TokenLen bytes; empty for a guest that is to become a template, and is adopted later.
+	Token string `json:"token,omitempty"`
 	// Kernel modules to load before anything else, in order: absolute paths in the initramfs.
 	Modules []string `json:"modules,omitempty"`
 	// Files of the initramfs that this guest does not need: they are memory of its.
 	Unused []string `json:"unused,omitempty"`
-	// The host's vsock port to dial (CID 2).
-	VsockPort uint32 `json:"vsockPort"`
+	// The host's vsock port to dial (CID 2), or else
+	VsockPort uint32 `json:"vsockPort,omitempty"`
+	// the name of the virtio-serial port by which the agent reaches the daemon: see channel.go.
+	Port string `json:"port,omitempty"`
 	// Block devices, by virtio-blk serial number (/sys/block/*/serial): the EROFS image, read-only, and the ext4 writable
 	// layer that has the directories upper and work.
 	ImageSerial string `json:"imageSerial"`

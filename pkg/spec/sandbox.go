@@ -19,6 +19,8 @@ type Sandbox struct {
 	// Where a runtime keeps what the sandbox's own kernel and its virtual machine monitor say, for pkg/console to read;
 	// empty for nowhere. It is the caller's to remove.
 	ConsolePath string `json:"consolePath,omitempty"`
+	// Sandboxes of different scopes never share memory, a template's included.
+	TemplateScope string `json:"templateScope,omitempty"`
 }
 
 // Usage is what the host counts for a sandbox: facts, from the cgroup and the host's file systems.

@@ -272,6 +272,9 @@ func (e *entry) eventLocked(t EventType) Event {
 		"rule":   st.Decision.Rule,
 		"reason": st.Decision.Reason,
 	}
+	if t == EventStarted {
+		maps.Copy(a, startedHow(st))
+	}
 	if t == EventExited && st.Exit != nil {
 		a["exit_code"] = strconv.Itoa(st.Exit.Code)
 	}

@@ -50,6 +50,8 @@ type Config struct {
 	Networks Networks
 	// What a workload gets that does not say; fields left zero are DefaultResources'.
 	Defaults spec.Resources
+	// Whose VMs may share templates; the zero value: those of one caller.
+	Templates TemplateSharing
 }
 
 // DefaultResources are what a workload gets that does not ask, unless the operator says otherwise.

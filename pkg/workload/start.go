@@ -118,7 +118,10 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		}
 		fault.At("start", "earlier sandbox taken down")
 	}
-	inst, err := e.runtime().Start(ctx, spec.Sandbox{ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath()})
+	inst, err := e.runtime().Start(ctx, spec.Sandbox{
+		ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath(),
+		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -191,6 +194,7 @@ func fromFacts(config *specs.Spec, f runtime.Facts) {
 func setFacts(r *record, f runtime.Facts) {
 	r.Status.Accelerator = f.Accelerator
 	r.Status.AgentTransport = f.AgentTransport
+	r.Status.StartedFrom, r.Status.StartNote = f.StartedFrom, f.StartNote
 	r.Status.HostPID = f.HostPID
 }
 

@@ -56,6 +56,9 @@ type Status struct {
 	// "kvm" or "tcg"; empty for a container.
 	Accelerator    string `json:"accelerator,omitempty"`
 	AgentTransport string `json:"agentTransport,omitempty"`
+	// Of a vm: "cold", "template" or "pool", and why it is the first where there was a template.
+	StartedFrom string `json:"startedFrom,omitempty"`
+	StartNote   string `json:"startNote,omitempty"`
 	// Set in EXITED.
 	Exit *spec.Exit `json:"exit,omitempty"`
 	// One sentence: why it failed or how it ended.

@@ -75,6 +75,7 @@ var small = []struct {
 			"google.golang.org/grpc",                    // ttrpc's codes and status: packages bound below
 			"github.com/opencontainers/runtime-spec",    // what a process and a mount are
 			"github.com/moby/sys/user",                  // users and groups from the image's files
+			"github.com/xtaci/smux",                     // streams over a clone's one port
 			"golang.org/x/sys",                          // system calls
 		},
 		without: []string{"net/http", "crypto/tls", "html/template", "text/template", "go/ast", "go/parser", "database/..."},

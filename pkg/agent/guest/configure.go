@@ -34,6 +34,20 @@ func setClock(now time.Time) error {
 	return nil
 }
 
+// moveClock moves the guest kernel's wall clock.
+func moveClock(by time.Duration) error {
+	seconds, rest := by/time.Second, by%time.Second
+	if rest < 0 {
+		seconds, rest = seconds-1, rest+time.Second
+	}
+	// Microseconds: asking for nanoseconds changes what adjtimex(2) tells everybody later.
+	move := unix.Timex{Modes: unix.ADJ_SETOFFSET, Time: unix.Timeval{Sec: int64(seconds), Usec: rest.Microseconds()}}
+	if _, err := unix.Adjtimex(&move); err != nil {
+		return fmt.Errorf("cannot move the clock: %w", err)
+	}
+	return nil
+}
+
 // addEntropy gives the guest kernel's random generator bytes that only this guest has, and has it use them from its next
 // draw on. Without the second request two clones of one memory image drew the same numbers.
 func addEntropy(device *os.File, bytes []byte) error {

@@ -138,6 +138,8 @@ func (w *containerWall) configure(hostname string, _ time.Time, _ []byte, n *net
 	return setHostname(hostname)
 }
 
+func (*containerWall) ownClock() bool { return false }
+
 // enter implements wall.
 func (w *containerWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 	if err := makePrivate(); err != nil {

@@ -22,6 +22,8 @@ type dialListener struct {
 	preface []byte
 	ctx     context.Context
 	cancel  context.CancelFunc
+	// The connection by which the guest was adopted, which has had its preface; nil once it was used. Accept's alone.
+	begun net.Conn
 
 	mu   sync.Mutex
 	idle net.Conn // closed by Close
@@ -53,6 +55,14 @@ func (l *dialListener) Accept() (net.Conn, error) {
 }
 
 func (l *dialListener) connect() (net.Conn, error) {
+	if conn := l.begun; conn != nil {
+		l.begun = nil
+		if !l.setIdle(conn) {
+			conn.Close()
+			return nil, net.ErrClosed
+		}
+		return conn, nil
+	}
 	conn, err := l.dial(l.ctx)
 	if err != nil {
 		return nil, err

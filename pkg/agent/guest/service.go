@@ -96,7 +96,21 @@ func (s *Service) Configure(_ context.Context, r *agentv1.ConfigureRequest) (*ag
 	}
 	return &agentv1.ConfigureResponse{
 		ProtocolVersion: spec.ProtocolVersion, AgentVersion: spec.Version, KernelRelease: release, BootId: bootID,
+		OwnClock: s.wall.ownClock(),
 	}, nil
+}
+
+// AdjustClock implements agentv1.AgentServiceService.
+func (s *Service) AdjustClock(_ context.Context, r *agentv1.AdjustClockRequest) (*agentv1.AdjustClockResponse, error) {
+	if !s.wall.ownClock() {
+		return nil, wrongState("a container's clock is the host's")
+	}
+	if r.By != 0 {
+		if err := moveClock(time.Duration(r.By)); err != nil {
+			return nil, internal("%v", err)
+		}
+	}
+	return &agentv1.AdjustClockResponse{Now: timestamppb.Now()}, nil
 }
 
 // CreateContainer implements agentv1.AgentServiceService.

@@ -69,8 +69,35 @@ func runVM() error {
 		return fmt.Errorf("cannot open the random device: %w", err)
 	}
 	w := &vmWall{pidOne: newPidOne(), boot: boot, random: random}
-	err = serveAsPidOne(newService(w), w.pidOne, newDialListener(dialHost(boot.VsockPort), spec.Preface(token)))
+	listener, err := w.reachHost(token)
+	if err != nil {
+		return err
+	}
+	err = serveAsPidOne(newService(w), w.pidOne, listener)
 	return errors.Join(err, w.settleDisk())
+}
+
+// reachHost makes the way to the daemon, and waits on it until the guest is told who it is if it was not at its birth.
+func (w *vmWall) reachHost(token *[spec.TokenLen]byte) (*dialListener, error) {
+	dial, adopted := dialHost(w.boot.VsockPort), func([spec.TokenLen]byte) {}
+	if w.boot.Port != "" {
+		port, err := openPort(w.boot.Port)
+		if err != nil {
+			return nil, err
+		}
+		dial, adopted = port.dial, port.adopted
+	}
+	if token != nil {
+		return newDialListener(dial, spec.Preface(*token)), nil
+	}
+	if err := dropCaches(); err != nil {
+		return nil, fmt.Errorf("cannot drop caches: %w", err)
+	}
+	first, taken := adopt(dial, w.random)
+	adopted(taken)
+	l := newDialListener(dial, spec.Preface(taken))
+	l.begun = first
+	return l, nil
 }
 
 func mountInInitramfs(fstype, target string, attrs uint64) error {
@@ -91,36 +118,38 @@ func mountInInitramfs(fstype, target string, attrs uint64) error {
 }
 
 // readBootFile also removes the file: nothing that comes later may read the token.
-func readBootFile() (*spec.VMBoot, [spec.TokenLen]byte, error) {
-	var token [spec.TokenLen]byte
+func readBootFile() (*spec.VMBoot, *[spec.TokenLen]byte, error) {
 	b, err := os.ReadFile(bootFile)
 	if err != nil {
-		return nil, token, fmt.Errorf("cannot read the boot file: %w", err)
+		return nil, nil, fmt.Errorf("cannot read the boot file: %w", err)
 	}
 	if err := unix.Unlink(bootFile); err != nil {
-		return nil, token, fmt.Errorf("cannot remove the boot file: %w", err)
+		return nil, nil, fmt.Errorf("cannot remove the boot file: %w", err)
 	}
-	boot, token, err := parseBoot(b)
-	return boot, token, err
+	return parseBoot(b)
 }
 
-func parseBoot(b []byte) (*spec.VMBoot, [spec.TokenLen]byte, error) {
-	var token [spec.TokenLen]byte
+// parseBoot answers with no token for a guest that becomes a template.
+func parseBoot(b []byte) (*spec.VMBoot, *[spec.TokenLen]byte, error) {
 	boot := &spec.VMBoot{}
 	if err := json.Unmarshal(b, boot); err != nil {
-		return nil, token, fmt.Errorf("cannot decode the boot file: %w", err)
+		return nil, nil, fmt.Errorf("cannot decode the boot file: %w", err)
 	}
 	if boot.Version != spec.ProtocolVersion {
-		return nil, token, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+		return nil, nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+	}
+	if boot.Token == "" {
+		return boot, nil, nil
 	}
 	if hex.DecodedLen(len(boot.Token)) != spec.TokenLen {
-		return nil, token, fmt.Errorf("cannot use a token of %d digits", len(boot.Token))
+		return nil, nil, fmt.Errorf("cannot use a token of %d digits", len(boot.Token))
 	}
+	var token [spec.TokenLen]byte
 	if _, err := hex.Decode(token[:], []byte(boot.Token)); err != nil {
-		return nil, token, fmt.Errorf("cannot decode the token: %w", err)
+		return nil, nil, fmt.Errorf("cannot decode the token: %w", err)
 	}
 	boot.Token = ""
-	return boot, token, nil
+	return boot, &token, nil
 }
 
 // vmWall is the agent's place in a guest kernel.
@@ -148,6 +177,9 @@ func (w *vmWall) configure(hostname string, now time.Time, entropy []byte, n *ne
 	}
 	return setHostname(hostname)
 }
+
+// ownClock implements wall.
+func (*vmWall) ownClock() bool { return true }
 
 // enter implements wall.
 func (w *vmWall) enter(config *specs.Spec, filter []byte) (*root, error) {

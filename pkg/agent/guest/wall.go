@@ -15,6 +15,8 @@ type wall interface {
 	// configure takes over the daemon's clock and entropy, and sets up the network, where the kernel is the sandbox's own.
 	// Without a network n is nil.
 	configure(hostname string, now time.Time, entropy []byte, n *network) error
+	// ownClock: the sandbox's clock is not the host's.
+	ownClock() bool
 	// enter builds the container's root, moves the agent into it and has the agent give up what it no longer needs: every
 	// system call but filter's among them. It is called once.
 	enter(config *specs.Spec, filter []byte) (*root, error)

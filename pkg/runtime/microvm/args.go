@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+
+	"github.com/sandboxd/sandboxd/pkg/disk"
 )
 
 // Accelerators.
@@ -32,7 +34,7 @@ type vmArgs struct {
 	// The listening Unix socket for QMP.
 	QMP   int
 	Vsock int
-	// transportVhostUser or transportKernel.
+	// transportVhostUser, transportKernel or transportPort.
 	Transport string
 	CID       uint32
 	// The disks; both zero where there are none.
@@ -42,6 +44,14 @@ type vmArgs struct {
 	Tap int
 	// Have the guest's kernel say everything, which costs the boot about 150 ms: else it says what goes wrong.
 	Verbose bool
+	// A disk without content in the writable layer's place: a template's.
+	BlankDisk bool
+	// A file that is the guest's memory; 0 for memory of QEMU's own making.
+	Memory int
+	// What is written there is in the file (a template's), or else this VM's alone (a clone's).
+	MemoryShared bool
+	// Go on from a state instead of booting.
+	Incoming bool
 }
 
 // arg is an option of QEMU; value is empty for one that takes none.
@@ -62,13 +72,17 @@ func (a vmArgs) table() []arg {
 		{"-cpu", a.cpu(), "arat: without it the guest keeps a tick; rdrand: or it waits for randomness"},
 		{"-smp", strconv.FormatUint(uint64(a.CPUs), 10), ""},
 		{"-m", fmt.Sprintf("%dB", a.MemoryBytes), ""},
-		{"-object", fmt.Sprintf("memory-backend-memfd,id=memory,size=%dB,share=on", a.MemoryBytes), "vhost-user reads and writes the guest's memory"},
+		a.memory(),
 		{"-global", "virtio-mmio.force-legacy=false", "vhost-user-vsock is a modern device"},
-		{"-kernel", a.Kernel, "an ELF file, entered by PVH"},
-		{"-initrd", a.Initrd, ""},
-		{"-append", a.kernelCommandLine(), ""},
-		{"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", a.QMP), "listening, so that a restarted daemon can connect"},
+		{"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=%s", a.QMP, onOff(a.Memory != 0)), "listening, so that a restarted daemon can connect; with its memory in a file it waits for a first one, who shows it its descriptors"},
 		{"-mon", "chardev=qmp,mode=control", ""},
+	}
+	if !a.Incoming {
+		rows = append(rows, []arg{
+			{"-kernel", a.Kernel, "an ELF file, entered by PVH"},
+			{"-initrd", a.Initrd, ""},
+			{"-append", a.kernelCommandLine(), ""},
+		}...)
 	}
 	if a.Firmware != "" {
 		rows = append(rows, arg{"-bios", a.Firmware, "qboot does no more than a microvm needs"})
@@ -76,6 +90,9 @@ func (a vmArgs) table() []arg {
 	rows = append(rows, a.vsock()...)
 	rows = append(rows, a.disks()...)
 	rows = append(rows, a.network()...)
+	if a.Incoming {
+		rows = append(rows, arg{"-incoming", "defer", "goes on where the template stopped, when it is told from where"})
+	}
 	rows = append(rows,
 		// Non-blocking: what nobody reads is lost, and nobody waits. A byte takes an exit from the guest, but a quiet kernel
 		// says a line or two.
@@ -133,7 +150,9 @@ func (a vmArgs) kernelCommandLine() string {
 		// measures it against a timer that emulation can starve: boots then hang now and then.
 		words = append(words, "mitigations=off")
 		if a.TSCKHz > 0 {
-			words = append(words, fmt.Sprintf("tsc_early_khz=%d", a.TSCKHz))
+			// The counter is the host's. Unless told that it is reliable the kernel takes it for broken when emulation was slow,
+			// and counts ticks, of which emulation loses some: the clock was seen to be 4 % slow.
+			words = append(words, fmt.Sprintf("tsc_early_khz=%d tsc=reliable", a.TSCKHz))
 		}
 	}
 	words = append(words, "console=ttyS0")
@@ -143,8 +162,34 @@ func (a vmArgs) kernelCommandLine() string {
 	return strings.Join(words, " ")
 }
 
+// memory is the guest's. A file is named by its descriptor's path: a sealed one opens for writing and can't be written.
+func (a vmArgs) memory() arg {
+	if a.Memory == 0 {
+		return arg{"-object", fmt.Sprintf("memory-backend-memfd,id=memory,size=%dB,share=on", a.MemoryBytes), "vhost-user reads and writes the guest's memory"}
+	}
+	return arg{"-object", fmt.Sprintf("memory-backend-file,id=memory,mem-path=%s/%d,size=%dB,share=%s", descriptorsPath, a.Memory, a.MemoryBytes, onOff(a.MemoryShared)), "a template's memory is a file; its clones map it and copy what they write"}
+}
+
+func onOff(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
+}
+
+// blankDiskBytes is the size of the disk a template's guest sees: no layer is larger, so the clone's own fits whatever its
+// size. The guest's kernel keeps thinking its disk that large; a file system on it is as large as it says itself.
+const blankDiskBytes = disk.MaxSize
+
 func (a vmArgs) vsock() []arg {
-	if a.Transport == transportKernel {
+	switch a.Transport {
+	case transportPort:
+		return []arg{
+			{"-chardev", fmt.Sprintf("socket,id=agent,fd=%d,server=on,wait=off", a.Vsock), "listening, so that a restarted daemon can connect"},
+			{"-device", "virtio-serial-device,max_ports=2", "the first is always a console's"},
+			{"-device", "virtserialport,chardev=agent,name=" + portName, ""},
+		}
+	case transportKernel:
 		return []arg{{"-device", fmt.Sprintf("vhost-vsock-device,guest-cid=%d,vhostfd=%d", a.CID, a.Vsock), "opened by the daemon: QEMU may not"}}
 	}
 	return []arg{
@@ -157,16 +202,22 @@ func (a vmArgs) disks() []arg {
 	if a.Image == 0 {
 		return nil
 	}
-	return []arg{
+	rows := []arg{
 		{"-add-fd", fmt.Sprintf("set=1,fd=%d", a.Image), "opened O_RDONLY: a guest cannot write what QEMU cannot"},
 		{"-blockdev", "driver=file,node-name=image-file,filename=/dev/fdset/1,read-only=on,auto-read-only=off,locking=off", "no locks: many VMs read one image"},
 		{"-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on", ""},
 		{"-device", "virtio-blk-device,drive=image,serial=" + imageSerial, ""},
-		{"-add-fd", fmt.Sprintf("set=2,fd=%d", a.Disk), ""},
-		{"-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,locking=on,discard=unmap", "locked: two VMs that write one disk destroy it; what the guest deletes, the host gets back"},
-		{"-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap", ""},
-		{"-device", "virtio-blk-device,drive=disk,serial=" + diskSerial, ""},
 	}
+	if a.BlankDisk {
+		rows = append(rows, arg{"-blockdev", fmt.Sprintf("driver=null-co,node-name=disk,size=%d,read-zeroes=on", uint64(blankDiskBytes)), "in the place of the clones' own"})
+	} else {
+		rows = append(rows, []arg{
+			{"-add-fd", fmt.Sprintf("set=2,fd=%d", a.Disk), ""},
+			{"-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,locking=on,discard=unmap", "locked: two VMs that write one disk destroy it; what the guest deletes, the host gets back"},
+			{"-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap", ""},
+		}...)
+	}
+	return append(rows, arg{"-device", "virtio-blk-device,drive=disk,serial=" + diskSerial, ""})
 }
 
 func (a vmArgs) network() []arg {
@@ -179,5 +230,5 @@ func (a vmArgs) network() []arg {
 	}
 }
 
-// fdPath names one of QEMU's own files for an option that takes a path only.
+// fdPath names an open file of the calling process.
 func fdPath(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }

@@ -27,6 +27,16 @@ var argsCases = map[string]vmArgs{
 		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Image: 7, Disk: 8, Tap: 9,
 		Transport: transportVhostUser, CID: 3,
 	},
+	"template": {
+		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelTCG, CPUs: 1, MemoryBytes: 256 << 20, TSCKHz: 2596100,
+		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Image: 5, BlankDisk: true,
+		Transport: transportPort, Memory: 6, MemoryShared: true,
+	},
+	"clone": {
+		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelTCG, CPUs: 1, MemoryBytes: 256 << 20, TSCKHz: 2596100,
+		Firmware: "/usr/share/qemu/qboot.rom", Vsock: 3, QMP: 4, Image: 5, Disk: 6,
+		Transport: transportPort, Memory: 7, Incoming: true,
+	},
 	"kvm-trial": {
 		ID: "0123456789abcdef0123456789abcdef", Accelerator: accelKVM, CPUs: 1, MemoryBytes: 128 << 20,
 		Vsock: 3, QMP: 4, Kernel: kernelPath, Initrd: initrdPath, Transport: transportVhostUser, CID: 3, Verbose: true,

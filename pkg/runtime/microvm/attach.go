@@ -95,6 +95,8 @@ func (r *Runtime) attachTransport(rec record, token bootToken) (transport, error
 	switch {
 	case rec.Transport.Name == transportVhostUser:
 		return attachVhostUser(r.dir(rec.ID), rec.Transport, token)
+	case rec.Transport.Name == transportPort:
+		return attachPort(r.dir(rec.ID), rec.Transport, token), nil
 	case r.hub != nil:
 		return r.hub.attach(rec.Transport, token)
 	default:

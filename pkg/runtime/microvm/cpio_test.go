@@ -68,7 +68,7 @@ func TestForgetInitramfsLeavesOnlyZeros(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := &guest{initramfsPath: base}
-	f, err := g.initramfs(g.vmBoot(bootToken{1, 2, 3}, 1023, false), 1)
+	f, err := g.initramfs(g.vmBoot(bootToken{1, 2, 3}, transportRecord{Name: transportVhostUser, Port: 1023}, false), 1)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,6 +35,9 @@ type guest struct {
 	networkModules []string
 	// Why there can be no network; nil if there can.
 	networkErr error
+	// To load after those where the agent speaks over a port; empty if the kernel has the driver neither built in nor as
+	// a module, or has it built in.
+	portModules []string
 }
 
 // prepareGuest makes what is missing below dir (state-dir/microvm). vmlinuz may be empty: then the host's newest
@@ -160,7 +163,9 @@ func (g *guest) prepareInitramfs(dir, agentPath string) error {
 	}
 	g.networkErr = tree.networkErr
 	for _, m := range modules {
-		if m.network {
+		if m.port {
+			g.portModules = append(g.portModules, modulePath(m))
+		} else if m.network {
 			g.networkModules = append(g.networkModules, modulePath(m))
 		} else {
 			g.modules = append(g.modules, modulePath(m))

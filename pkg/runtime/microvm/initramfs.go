@@ -54,21 +54,30 @@ func bootInitramfs(boot spec.VMBoot) ([]byte, error) {
 	return cpioArchive([]cpioEntry{cpioFile("boot.json", 0o400, b)}), nil
 }
 
-// vmBoot is what a guest is told.
-func (g *guest) vmBoot(token bootToken, port uint32, network bool) spec.VMBoot {
-	modules, unused := g.modules, g.networkModules
-	if network {
-		modules, unused = slices.Concat(g.modules, g.networkModules), nil
-	}
-	return spec.VMBoot{
+// vmBoot is what a guest is told. One that becomes a template is told no token.
+func (g *guest) vmBoot(token bootToken, t transportRecord, network bool) spec.VMBoot {
+	boot := spec.VMBoot{
 		Version:     spec.ProtocolVersion,
-		Token:       hex.EncodeToString(token[:]),
-		Modules:     modules,
-		Unused:      unused,
-		VsockPort:   port,
+		Modules:     g.modules,
+		VsockPort:   t.Port,
 		ImageSerial: imageSerial,
 		DiskSerial:  diskSerial,
 	}
+	if token != (bootToken{}) {
+		boot.Token = hex.EncodeToString(token[:])
+	}
+	if network {
+		boot.Modules = slices.Concat(boot.Modules, g.networkModules)
+	} else {
+		boot.Unused = slices.Concat(boot.Unused, g.networkModules)
+	}
+	if t.Name == transportPort {
+		boot.Modules = slices.Concat(boot.Modules, g.portModules)
+		boot.Port = portName
+	} else {
+		boot.Unused = slices.Concat(boot.Unused, g.portModules)
+	}
+	return boot
 }
 
 // initramfs makes the initramfs of one boot, in memory: QEMU reads it once, and forgetInitramfs frees it. Only uid, as

@@ -60,6 +60,16 @@ type member struct {
 	pidfd *os.File
 }
 
+// qemu is QEMU's pidfd.
+func (i *instance) qemu() *os.File {
+	for _, p := range i.processes {
+		if p.name == memberQEMU {
+			return p.pidfd
+		}
+	}
+	return nil // never: there is no VM without
+}
+
 var (
 	_ runtime.Instance  = (*instance)(nil)
 	_ runtime.Explainer = (*instance)(nil)
@@ -195,5 +205,5 @@ func (i *instance) Usage() (spec.Usage, error) {
 
 // Facts implements runtime.Instance.
 func (i *instance) Facts() runtime.Facts {
-	return runtime.Facts{HostPID: i.rec.QEMU.PID, Accelerator: i.rec.Accelerator, AgentTransport: i.rec.Transport.Name}
+	return runtime.Facts{HostPID: i.rec.QEMU.PID, Accelerator: i.rec.Accelerator, AgentTransport: i.rec.Transport.Name, StartedFrom: i.rec.StartedFrom, StartNote: i.rec.StartNote}
 }

@@ -22,6 +22,8 @@ type jail struct {
 	// Its copy is initrdPath; nil if there is none. build replaces it by the copy, open for writing.
 	initrd *os.File
 	owner  uint32
+	// There is a place for what showDescriptors shows.
+	descriptors bool
 }
 
 // jailed is something of the host's in a jail.
@@ -129,6 +131,11 @@ func (j *jail) build() error {
 	}
 	if err := j.copyInitrd(); err != nil {
 		return err
+	}
+	if j.descriptors {
+		if err := os.Mkdir(filepath.Join(j.base, descriptorsPath), 0o555); err != nil {
+			return err
+		}
 	}
 	// The mount below has the initramfs open for writing, so it can't be made read-only.
 	if err := bindReadOnly(jailed{from: j.base, at: j.base}); err != nil {

@@ -15,11 +15,12 @@ var (
 )
 
 // limits are what the cgroup of QEMU and its helper is to enforce. A guest's processes and the order in which its kernel
-// kills them are the guest's.
-func (r *Runtime) limits(res spec.Resources, accel string) cgroup.Limits {
+// kills them are the guest's. shared is what a clone's may be charged of its template's memory: see template.sharedBytes.
+func (r *Runtime) limits(res spec.Resources, accel string, shared uint64) cgroup.Limits {
+	beyond := vmmOverhead[accel] + shared
 	l := cgroup.Limits{
 		CPUMillis: res.CPUMillis, CPUWeight: res.CPUWeight, CPUSet: res.CPUSet,
-		MemoryBytes: res.MemoryBytes + vmmOverhead[accel], SwapBytes: res.SwapBytes,
+		MemoryBytes: res.MemoryBytes + beyond, SwapBytes: res.SwapBytes,
 		Pids: maxVMMPids,
 		IO: cgroup.IO{
 			Disk:    r.cfg.StateDir,
@@ -28,16 +29,21 @@ func (r *Runtime) limits(res spec.Resources, accel string) cgroup.Limits {
 		Devices: vmmDevices,
 	}
 	if res.MemoryHighBytes > 0 {
-		l.MemoryHighBytes = res.MemoryHighBytes + vmmOverhead[accel]
+		l.MemoryHighBytes = res.MemoryHighBytes + beyond
 	}
 	return l
 }
 
 // CheckLimits implements runtime.LimitChecker. How much the VMM needs on top does not matter to what a host can enforce.
-func (r *Runtime) CheckLimits(res spec.Resources) error { return cgroup.Check(r.limits(res, accelKVM)) }
+func (r *Runtime) CheckLimits(res spec.Resources) error {
+	return cgroup.Check(r.limits(res, accelKVM, 0))
+}
 
 // vcpus is how many processors a guest has: whole ones, for a share of the last one is the cgroup's to enforce.
 func vcpus(millis uint32) uint32 { return min(max((millis+999)/1000, 1), maxCPUs) }
+
+// guestBytes is a guest's memory: whole pages.
+func guestBytes(r spec.Resources) uint64 { return r.MemoryBytes &^ (1<<12 - 1) }
 
 // CheckUpdate implements runtime.Updater. What a guest was booted with it keeps: its memory, its processors, its disk, and
 // the limits within it. What QEMU may use of the host can be changed.
@@ -56,12 +62,12 @@ func (i *instance) CheckUpdate(now, to spec.Resources) error {
 			return spec.Errorf(spec.KindWrongState, "this cannot be changed while a VM runs: %s; stop it, update it and start it again", fixed.what)
 		}
 	}
-	return i.group.CheckUpdate(i.r.limits(to, i.rec.Accelerator))
+	return i.group.CheckUpdate(i.r.limits(to, i.rec.Accelerator, i.rec.SharedBytes))
 }
 
 // Update implements runtime.Updater.
 func (i *instance) Update(_ context.Context, to spec.Resources) error {
-	return i.group.Update(i.r.limits(to, i.rec.Accelerator))
+	return i.group.Update(i.r.limits(to, i.rec.Accelerator, i.rec.SharedBytes))
 }
 
 // Pause implements runtime.Pauser: it freezes QEMU and the vsock helper from outside. Other than QMP's stop it needs no

@@ -54,9 +54,11 @@ type Config struct {
 	// Optional: guest kernels say on their console everything they do, which costs a start about 150 ms; else what goes
 	// wrong.
 	GuestConsole bool
-	Logger       *zap.Logger
-	Disk         *disk.Maker
-	IDs          *idrange.Allocator
+	// Optional: VMs are cloned from templates.
+	Templates TemplateConfig
+	Logger    *zap.Logger
+	Disk      *disk.Maker
+	IDs       *idrange.Allocator
 }
 
 // Runtime builds microVMs.
@@ -74,6 +76,14 @@ type Runtime struct {
 
 	kvmMu   sync.Mutex
 	kvmSeen *kvmVerdict // guarded by kvmMu
+
+	// Nil where there are none.
+	templates *templateStore
+	// Whatever makes templates; Close waits for it first.
+	makers sync.WaitGroup
+	// Done when the runtime is closed; what makes templates ends with it.
+	life context.Context
+	quit context.CancelFunc
 
 	mu        sync.Mutex
 	instances map[string]*instance // guarded by mu
@@ -104,12 +114,22 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, err
 	}
 	r := &Runtime{cfg: cfg, tsc: sampleTSC(), instances: map[string]*instance{}}
+	r.life, r.quit = context.WithCancel(context.Background())
+	if cfg.Templates.On {
+		var err error
+		if r.templates, err = openTemplates(filepath.Join(cfg.StateDir, "microvm", templatesDir), cfg.Templates, cfg.Logger); err != nil {
+			return nil, err
+		}
+	}
 	r.hub, r.hubErr = newKernelHub(filepath.Join(cfg.StateDir, "microvm"), cfg.Logger)
 	return r, nil
 }
 
 // Close stops watching. Every VM keeps running, for the next daemon to Attach to. Instances of r must not be used any more.
 func (r *Runtime) Close() error {
+	r.quit()
+	// Who makes a template removes its guest, which nobody must have let go of before.
+	r.makers.Wait()
 	r.mu.Lock()
 	for _, i := range r.instances {
 		i.abandon()
@@ -117,6 +137,9 @@ func (r *Runtime) Close() error {
 	clear(r.instances)
 	r.mu.Unlock()
 	r.owned.Wait()
+	if r.templates != nil {
+		r.templates.close()
+	}
 	if r.hub == nil {
 		return nil
 	}

@@ -24,7 +24,9 @@ var wantedModules = []struct {
 	optional bool
 	// Loaded only in a guest that is joined to a network.
 	network bool
-	reason  string
+	// Loaded only where the agent speaks over a port.
+	port   bool
+	reason string
 }{
 	{name: "virtio_mmio", reason: "the bus of every device that QEMU's microvm machine has"},
 	{name: "virtio_blk", reason: "the image and the writable layer"},
@@ -34,6 +36,7 @@ var wantedModules = []struct {
 	{name: "ext4", reason: "the writable layer's file system"},
 	{name: "overlay", reason: "the writable layer over the image"},
 	{name: "virtio_net", network: true, reason: "the network card"},
+	{name: "virtio_console", optional: true, port: true, reason: "the agent's way to the daemon in a template and its clones, where the host has no vsock"},
 }
 
 const (
@@ -53,6 +56,8 @@ type module struct {
 	data []byte
 	// Only a network needs it.
 	network bool
+	// Only a port needs it.
+	port bool
 }
 
 // findModules finds the directory lib/modules/<release> that belongs to the kernel at vmlinuz: beside its own boot
@@ -127,7 +132,7 @@ func (t *moduleTree) load() ([]module, error) {
 		if want.optional && t.paths[want.name] == "" {
 			continue
 		}
-		l.network = want.network
+		l.network, l.port = want.network, want.port
 		err := l.add(t, want.name, nil)
 		if err != nil && want.network {
 			t.networkErr = fmt.Errorf("the guest kernel's module %s (%s): %w", want.name, want.reason, err)
@@ -141,9 +146,9 @@ func (t *moduleTree) load() ([]module, error) {
 }
 
 type moduleLoad struct {
-	modules []module
-	done    map[string]bool
-	network bool // of the module that is wanted
+	modules       []module
+	done          map[string]bool
+	network, port bool // of the module that is wanted
 }
 
 // add appends a module after those it depends on. parents are the modules being added, outermost first.
@@ -171,7 +176,7 @@ func (l *moduleLoad) add(t *moduleTree, name string, parents []string) error {
 		l.done = map[string]bool{}
 	}
 	l.done[name] = true
-	l.modules = append(l.modules, module{name: name, data: data, network: l.network})
+	l.modules = append(l.modules, module{name: name, data: data, network: l.network, port: l.port})
 	return nil
 }
 

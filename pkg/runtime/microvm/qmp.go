@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // QMP is how QEMU is asked things: a JSON object a line. QEMU handles the guest's every byte, so what it says is bounded
@@ -69,13 +72,22 @@ func (q *qmp) handshake(ctx context.Context) error {
 
 // execute runs a command without arguments and decodes what it returns into result, unless that is nil.
 func (q *qmp) execute(ctx context.Context, name string, result any) error {
+	return q.executeWith(ctx, name, nil, nil, result)
+}
+
+// executeWith is execute with arguments, unless they are nil, and a file that goes with the command, unless that is.
+func (q *qmp) executeWith(ctx context.Context, name string, arguments map[string]any, file *os.File, result any) error {
 	stop := q.bound(ctx)
 	defer stop()
-	command, err := json.Marshal(map[string]string{"execute": name})
+	message := map[string]any{"execute": name}
+	if arguments != nil {
+		message["arguments"] = arguments
+	}
+	command, err := json.Marshal(message)
 	if err != nil {
 		return err
 	}
-	if _, err := q.conn.Write(append(command, '\n')); err != nil {
+	if err := q.send(append(command, '\n'), file); err != nil {
 		return fmt.Errorf("cannot send %s: %w", name, err)
 	}
 	for range maxQMPEvents {
@@ -116,6 +128,19 @@ func (q *qmp) powerdown(ctx context.Context) error { return q.execute(ctx, "syst
 func (q *qmp) quit(ctx context.Context) error { return q.execute(ctx, "quit", nil) }
 
 func (q *qmp) Close() error { return q.conn.Close() }
+
+func (q *qmp) send(b []byte, file *os.File) error {
+	if file == nil {
+		_, err := q.conn.Write(b)
+		return err
+	}
+	unixConn, ok := q.conn.(*net.UnixConn)
+	if !ok {
+		return errors.New("a file can only be sent over a Unix socket")
+	}
+	_, _, err := unixConn.WriteMsgUnix(b, unix.UnixRights(int(file.Fd())), nil)
+	return err
+}
 
 func (q *qmp) read() (qmpMessage, error) {
 	if !q.lines.Scan() {

@@ -34,6 +34,12 @@ type record struct {
 	HasDisks bool `json:"hasDisks"`
 	// Where what it says is kept; empty for nowhere.
 	ConsolePath string `json:"consolePath,omitempty"`
+	// startedCold, startedTemplate or startedPool.
+	StartedFrom string `json:"startedFrom,omitempty"`
+	// Why not from a template, where there was one.
+	StartNote string `json:"startNote,omitempty"`
+	// Of a clone: what its cgroup may be charged of its template's memory.
+	SharedBytes uint64 `json:"sharedBytes,omitempty"`
 }
 
 func (r record) save(dir string) error {
@@ -71,7 +77,7 @@ func (r record) token() (token bootToken, err error) {
 // processes are those that must run for the VM to.
 func (r record) processes() []namedProcess {
 	all := []namedProcess{{memberQEMU, r.QEMU}, {memberHelper, r.Helper}}
-	if r.Transport.Name == transportKernel {
+	if r.Transport.Name != transportVhostUser {
 		return all[:1]
 	}
 	return all

@@ -46,7 +46,7 @@ func (b *boot) fsck(ctx context.Context, layer *os.File) (err error) {
 	if err != nil {
 		return fmt.Errorf("cannot check the writable layer: %w; install e2fsprogs", err)
 	}
-	fsck, err := b.voice("e2fsck: ", nil)
+	fsck, err := b.voice(b.voices.log.Source("e2fsck: ", nil))
 	if err != nil {
 		return err
 	}

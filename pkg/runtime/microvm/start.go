@@ -62,6 +62,11 @@ type boot struct {
 	guest   *guest
 	accel   string
 	timeout time.Duration
+	// Set for a guest that becomes a template, or for one that is cloned from one.
+	making *making
+	clone  *template
+	// Why it is booted although there was a template.
+	note string
 
 	dir       string
 	rec       record
@@ -84,8 +89,8 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 	if err := checkID(s.ID); err != nil {
 		return nil, err
 	}
-	if s.Resources.MemoryBytes < minGuestMemory {
-		return nil, spec.Invalidf("spec.resources.memory_bytes", "a microVM's guest does not boot with %d MiB of memory, give it %d or more", s.Resources.MemoryBytes>>20, minGuestMemory>>20)
+	if err := checkMemory(s.Resources); err != nil {
+		return nil, err
 	}
 	accel, err := r.accelerator(ctx)
 	if err != nil {
@@ -98,12 +103,18 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 	if spec.Joins(s.Network) && g.networkErr != nil {
 		return nil, spec.Errorf(spec.KindUnsupported, "cannot start microVM with a network: %w; name a kernel that has it with --vm-kernel, or use network none", g.networkErr)
 	}
-	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
-	i, err := b.run(ctx)
+	i, err := r.startFrom(ctx, s, g, accel)
 	if err != nil {
 		return nil, fmt.Errorf("cannot start microVM: %w", err)
 	}
 	return i, nil
+}
+
+func checkMemory(r spec.Resources) error {
+	if r.MemoryBytes < minGuestMemory {
+		return spec.Invalidf("spec.resources.memory_bytes", "a microVM's guest does not boot with %d MiB of memory, give it %d or more", r.MemoryBytes>>20, minGuestMemory>>20)
+	}
+	return nil
 }
 
 // run boots the VM until its agent has been heard. If it fails, nothing is left.
@@ -152,8 +163,10 @@ func (b *boot) keep(f *os.File, err error) (*os.File, error) {
 // build makes everything of the VM and starts its processes. What it leaves when it fails, destroy finds.
 func (b *boot) build(ctx context.Context) (i *instance, err error) {
 	token := bootToken{}
-	if _, err := rand.Read(token[:]); err != nil {
-		return nil, fmt.Errorf("cannot draw a boot token: %w", err)
+	if b.making == nil {
+		if _, err := rand.Read(token[:]); err != nil {
+			return nil, fmt.Errorf("cannot draw a boot token: %w", err)
+		}
 	}
 	ends, err := b.makeTransport(token)
 	if err != nil {
@@ -166,7 +179,11 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 		}
 	}()
 	fault.At("vm start", "transport made")
-	b.rec = record{ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(), Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath}
+	b.rec = record{
+		ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(),
+		Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath,
+		StartedFrom: b.startedFrom(), StartNote: b.note, SharedBytes: b.clone.sharedBytes(),
+	}
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err
 	}
@@ -175,7 +192,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 		return nil, err
 	}
 	fault.At("vm start", "ids")
-	b.group, err = cgroup.New(b.r.cfg.CgroupParent, b.sandbox.ID, b.r.limits(b.sandbox.Resources, b.accel))
+	b.group, err = cgroup.New(b.r.cfg.CgroupParent, b.sandbox.ID, b.r.limits(b.sandbox.Resources, b.accel, b.rec.SharedBytes))
 	if err != nil {
 		return nil, err
 	}
@@ -203,9 +220,15 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 func (b *boot) hasDisks() bool { return b.sandbox.ImagePath != "" }
 
 func (b *boot) makeTransport(token bootToken) (ends transportFiles, err error) {
-	if b.r.hub != nil {
+	if b.clone != nil {
+		token = bootToken{} // until it is adopted
+	}
+	switch {
+	case b.r.hub != nil:
 		b.transport, ends, err = b.r.hub.newTransport(token)
-	} else {
+	case b.clone != nil || b.making != nil:
+		b.transport, ends, err = newPort(b.dir, token)
+	default:
 		b.transport, ends, err = newVhostUser(b.dir, token)
 	}
 	return ends, err
@@ -231,7 +254,7 @@ func (b *boot) jail(program string, more ...jailed) (*jail, error) {
 }
 
 func (b *boot) makeLayer(ctx context.Context) (err error) {
-	if !b.hasDisks() {
+	if !b.hasDisks() || b.making != nil {
 		return nil
 	}
 	if _, err := os.Lstat(disk.LayerPath(b.r.cfg.StateDir, b.sandbox.ID)); errors.Is(err, fs.ErrNotExist) {
@@ -245,8 +268,8 @@ func (b *boot) makeLayer(ctx context.Context) (err error) {
 }
 
 // voice makes one of the VM's voices.
-func (b *boot) voice(prefix string, seen func(string)) (*voice, error) {
-	return newVoice(b.voices.log.Source(prefix, seen), b.r.cfg.Logger)
+func (b *boot) voice(source *console.Source) (*voice, error) {
+	return newVoice(source, b.r.cfg.Logger)
 }
 
 // startProcesses starts the helper, then QEMU, and writes down that they run.
@@ -278,7 +301,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 		if err != nil {
 			return nil, err
 		}
-		if b.voices.helper, err = b.voice(helperPrefix, nil); err != nil {
+		if b.voices.helper, err = b.voice(b.voices.log.Source(helperPrefix, nil)); err != nil {
 			return nil, err
 		}
 		if i.rec.Helper, err = run(memberHelper, helper, b.voices.helper, b.voices.helper); err != nil {
@@ -290,18 +313,30 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 	if err != nil {
 		return nil, err
 	}
-	if b.voices.guest, err = b.voice("", b.voices.kernel.note); err != nil {
+	if b.voices.guest, err = b.voice(b.voices.log.Source("", b.voices.kernel.note)); err != nil {
 		return nil, err
 	}
-	if b.voices.qemu, err = b.voice(qemuPrefix, nil); err != nil {
+	if b.voices.qemu, err = b.voice(b.voices.log.Source(qemuPrefix, nil).Ignoring(waitingForMonitor)); err != nil {
 		return nil, err
 	}
 	if i.rec.QEMU, err = run(memberQEMU, qemu, b.voices.guest, b.voices.qemu); err != nil {
 		return nil, err
 	}
 	fault.At("vm start", "QEMU runs")
-	b.initrd, _ = b.keep(qemu.jail.initrd, nil)
+	if b.clone == nil {
+		b.initrd, _ = b.keep(qemu.jail.initrd, nil)
+	}
 	b.voices.all((*voice).started)
+	if qemu.jail.descriptors {
+		if err := showDescriptors(i.rec.QEMU, i.qemu()); err != nil {
+			return nil, err
+		}
+	}
+	if b.making != nil {
+		if err := lowerPriority(i.rec.QEMU); err != nil {
+			return nil, err
+		}
+	}
 	if err := i.rec.save(b.dir); err != nil {
 		return nil, err
 	}
@@ -358,7 +393,7 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	a := vmArgs{
 		ID: b.sandbox.ID, Accelerator: b.accel,
 		CPUs:        vcpus(b.sandbox.Resources.CPUMillis),
-		MemoryBytes: b.sandbox.Resources.MemoryBytes &^ (1<<12 - 1),
+		MemoryBytes: guestBytes(b.sandbox.Resources),
 		Firmware:    firmware(path),
 		Kernel:      kernelPath, Initrd: initrdPath,
 		Transport: b.rec.Transport.Name, CID: b.rec.Transport.CID,
@@ -374,20 +409,25 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	if c.jail, err = b.jail(path, firmwareRows(path)...); err != nil {
 		return command{}, err
 	}
-	c.jail.rows = append(c.jail.rows, jailed{from: b.guest.vmlinuxPath, at: kernelPath, reason: "what it boots"})
 	if b.accel == accelKVM {
 		c.jail.rows = append(c.jail.rows, jailed{from: "/dev/kvm", at: "/dev/kvm", device: true, writable: true, reason: "QEMU takes no descriptor of it"})
 	}
-	var ierr error
-	c.jail.initrd, ierr = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport.Port, b.card.tap != nil), b.uid))
-	errs = errors.Join(errs, ierr)
+	if b.clone == nil { // that one has booted
+		var ierr error
+		c.jail.rows = append(c.jail.rows, jailed{from: b.guest.vmlinuxPath, at: kernelPath, reason: "what it boots"})
+		c.jail.initrd, ierr = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport, b.card.tap != nil), b.uid))
+		errs = errors.Join(errs, ierr)
+	}
 	if b.hasDisks() {
 		a.Image = add(b.keep(openImage(b.sandbox.ImagePath)))
-		a.Disk = add(b.keep(os.OpenFile(b.layer, os.O_RDWR|unix.O_NOFOLLOW, 0)))
+		if a.BlankDisk = b.making != nil; !a.BlankDisk {
+			a.Disk = add(b.keep(os.OpenFile(b.layer, os.O_RDWR|unix.O_NOFOLLOW, 0)))
+		}
 	}
 	if b.card.tap != nil {
 		a.Tap = add(b.card.tap, nil)
 	}
+	b.templateFiles(&a, c.jail, add)
 	c.args = a.argv()
 	return c, errs
 }
@@ -410,13 +450,24 @@ func openImage(path string) (*os.File, error) {
 
 // awaitAgent returns once the guest's agent has proved its boot. The connection is kept for the first Dial.
 func (b *boot) awaitAgent(ctx context.Context, i *instance) error {
+	if b.clone != nil || b.making != nil {
+		if err := b.goOn(ctx, i); err != nil {
+			return b.explain(ctx, i, err)
+		}
+	}
 	conn, err := i.Dial(ctx)
+	if err == nil && b.clone != nil {
+		conn, err = i.adopt(ctx, conn)
+	}
 	if err != nil {
 		return b.explain(ctx, i, err)
 	}
 	i.mu.Lock()
 	i.first = conn
 	i.mu.Unlock()
+	if b.initrd == nil {
+		return nil
+	}
 	return forgetInitramfs(b.initrd)
 }
 
@@ -443,14 +494,19 @@ func (b *boot) explain(ctx context.Context, i *instance, err error) error {
 
 // state asks QEMU for its run state.
 func (i *instance) state(ctx context.Context) (state string, err error) {
-	conn, err := dialUnix(ctx, i.dir, qmpSocket)
-	if err != nil {
-		return "", fmt.Errorf("cannot ask QEMU: %w", err)
-	}
-	q, err := newQMP(ctx, conn)
+	q, err := i.monitor(ctx)
 	if err != nil {
 		return "", err
 	}
 	defer q.Close() //nolint:errcheck // only asked
 	return q.status(ctx)
+}
+
+// monitor connects to QEMU's monitor, which serves one at a time.
+func (i *instance) monitor(ctx context.Context) (*qmp, error) {
+	conn, err := dialUnix(ctx, i.dir, qmpSocket)
+	if err != nil {
+		return nil, fmt.Errorf("cannot ask QEMU: %w", err)
+	}
+	return newQMP(ctx, conn)
 }

@@ -260,7 +260,8 @@ func (h *kernelHub) admit(conn net.Conn) *kernelTransport {
 type kernelTransport struct {
 	hub    *kernelHub
 	record transportRecord
-	token  bootToken
+
+	token bootToken // guarded by hub.mu: zero until a clone was adopted
 
 	// Every connection that waits, proved or not, so that Close can end it. Guarded by hub.mu.
 	waiting map[net.Conn]struct{}
@@ -295,7 +296,7 @@ func (t *kernelTransport) release(conn net.Conn) bool {
 func (t *kernelTransport) prove(conn net.Conn) {
 	err := conn.SetReadDeadline(time.Now().Add(prefaceTimeout))
 	if err == nil {
-		err = readPreface(conn, t.token)
+		err = readPreface(conn, t.currentToken())
 	}
 	if err != nil {
 		if t.release(conn) {
@@ -306,6 +307,19 @@ func (t *kernelTransport) prove(conn net.Conn) {
 	}
 	// There is room: every connection in the channel is among the waiting.
 	t.proved <- conn
+}
+
+// adopted implements adopter.
+func (t *kernelTransport) adopted(token bootToken) {
+	t.hub.mu.Lock()
+	defer t.hub.mu.Unlock()
+	t.token = token
+}
+
+func (t *kernelTransport) currentToken() bootToken {
+	t.hub.mu.Lock()
+	defer t.hub.mu.Unlock()
+	return t.token
 }
 
 func (t *kernelTransport) Record() transportRecord { return t.record }

@@ -96,7 +96,7 @@ func bootTransport(t *testing.T, tr transport, ends transportFiles, token bootTo
 	if err != nil {
 		t.Fatal(err)
 	}
-	initrd, err := kernel.initramfs(kernel.vmBoot(token, tr.Record().Port, false), uint32(os.Getuid()))
+	initrd, err := kernel.initramfs(kernel.vmBoot(token, tr.Record(), false), uint32(os.Getuid()))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -184,6 +184,9 @@ func findVoices(rec record, logger *zap.Logger) (_ *voices, err error) {
 	return v, err
 }
 
+// waitingForMonitor is in what a QEMU says that is shown its descriptors, every time.
+const waitingForMonitor = "info: QEMU waiting for connection on: "
+
 // Who speaks, in the console's log; the guest's kernel has no prefix.
 const (
 	qemuPrefix   = "qemu: "

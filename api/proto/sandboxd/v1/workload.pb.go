@@ -1116,7 +1116,7 @@ type WorkloadStatus struct {
 	Isolation Isolation `protobuf:"varint,2,opt,name=isolation,proto3,enum=sandboxd.v1.Isolation" json:"isolation,omitempty"`
 	// Of a vm: "kvm" or "tcg". Empty for a container.
 	Accelerator string `protobuf:"bytes,3,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
-	// How the daemon reaches the agent: "unix", "vsock" or "vhost-user-vsock".
+	// How the daemon reaches the agent: "unix", "vsock", "vhost-user-vsock" or "virtio-serial".
 	AgentTransport string    `protobuf:"bytes,4,opt,name=agent_transport,json=agentTransport,proto3" json:"agent_transport,omitempty"`
 	Decision       *Decision `protobuf:"bytes,5,opt,name=decision,proto3" json:"decision,omitempty"`
 	// Set once the process has ended: 0 to 255, 128+n after signal n.
@@ -1134,6 +1134,10 @@ type WorkloadStatus struct {
 	BootId        string `protobuf:"bytes,13,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// Of the sandbox's first host process (the agent or QEMU); 0 when there is none.
 	HostPid int32 `protobuf:"varint,14,opt,name=host_pid,json=hostPid,proto3" json:"host_pid,omitempty"`
+	// Of a vm: "cold" (booted), "template" (cloned) or "pool" (cloned before it was asked for).
+	StartedFrom string `protobuf:"bytes,340,opt,name=started_from,json=startedFrom,proto3" json:"started_from,omitempty"`
+	// Why it was booted although there was a template for it.
+	StartNote string `protobuf:"bytes,341,opt,name=start_note,json=startNote,proto3" json:"start_note,omitempty"`
 	// What the sandbox is joined to while it is there; empty with network none.
 	Networks []*NetworkStatus `protobuf:"bytes,220,rep,name=networks,proto3" json:"networks,omitempty"`
 	// In the last run the kernel killed processes of the sandbox for want of memory. oom says more.
@@ -1269,6 +1273,20 @@ func (x *WorkloadStatus) GetHostPid() int32 {
 		return x.HostPid
 	}
 	return 0
+}
+
+func (x *WorkloadStatus) GetStartedFrom() string {
+	if x != nil {
+		return x.StartedFrom
+	}
+	return ""
+}
+
+func (x *WorkloadStatus) GetStartNote() string {
+	if x != nil {
+		return x.StartNote
+	}
+	return ""
 }
 
 func (x *WorkloadStatus) GetNetworks() []*NetworkStatus {
@@ -2051,7 +2069,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x10TYPE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tTYPE_BIND\x10\x01\x12\x0e\n" +
 	"\n" +
-	"TYPE_TMPFS\x10\x02\"\xd1\x05\n" +
+	"TYPE_TMPFS\x10\x02\"\x95\x06\n" +
 	"\x0eWorkloadStatus\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.sandboxd.v1.WorkloadStateR\x05state\x124\n" +
 	"\tisolation\x18\x02 \x01(\x0e2\x16.sandboxd.v1.IsolationR\tisolation\x12 \n" +
@@ -2069,7 +2087,10 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\fimage_digest\x18\v \x01(\tR\vimageDigest\x12%\n" +
 	"\x0ekernel_release\x18\f \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\r \x01(\tR\x06bootId\x12\x19\n" +
-	"\bhost_pid\x18\x0e \x01(\x05R\ahostPid\x127\n" +
+	"\bhost_pid\x18\x0e \x01(\x05R\ahostPid\x12\"\n" +
+	"\fstarted_from\x18\xd4\x02 \x01(\tR\vstartedFrom\x12\x1e\n" +
+	"\n" +
+	"start_note\x18\xd5\x02 \x01(\tR\tstartNote\x127\n" +
 	"\bnetworks\x18\xdc\x01 \x03(\v2\x1a.sandboxd.v1.NetworkStatusR\bnetworks\x12\x1e\n" +
 	"\n" +
 	"oom_killed\x18\xfa\x01 \x01(\bR\toomKilled\x12#\n" +

@@ -140,7 +140,7 @@ func (x ExecFailure_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ExecFailure_Reason.Descriptor instead.
 func (ExecFailure_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10, 0}
 }
 
 type CopyRequest_Direction int32
@@ -191,7 +191,7 @@ func (x CopyRequest_Direction) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CopyRequest_Direction.Descriptor instead.
 func (CopyRequest_Direction) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26, 0}
 }
 
 type ConfigureRequest struct {
@@ -465,7 +465,9 @@ type ConfigureResponse struct {
 	AgentVersion    string                 `protobuf:"bytes,2,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	KernelRelease   string                 `protobuf:"bytes,3,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
 	// /proc/sys/kernel/random/boot_id of the kernel the agent runs on.
-	BootId        string `protobuf:"bytes,4,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	BootId string `protobuf:"bytes,4,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// A guest kernel has a clock of its own, which was set.
+	OwnClock      bool `protobuf:"varint,340,opt,name=own_clock,json=ownClock,proto3" json:"own_clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -528,6 +530,102 @@ func (x *ConfigureResponse) GetBootId() string {
 	return ""
 }
 
+func (x *ConfigureResponse) GetOwnClock() bool {
+	if x != nil {
+		return x.OwnClock
+	}
+	return false
+}
+
+type AdjustClockRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Nanoseconds to move it by; 0 only asks.
+	By            int64 `protobuf:"zigzag64,340,opt,name=by,proto3" json:"by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdjustClockRequest) Reset() {
+	*x = AdjustClockRequest{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdjustClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdjustClockRequest) ProtoMessage() {}
+
+func (x *AdjustClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdjustClockRequest.ProtoReflect.Descriptor instead.
+func (*AdjustClockRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AdjustClockRequest) GetBy() int64 {
+	if x != nil {
+		return x.By
+	}
+	return 0
+}
+
+type AdjustClockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Now           *timestamppb.Timestamp `protobuf:"bytes,340,opt,name=now,proto3" json:"now,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdjustClockResponse) Reset() {
+	*x = AdjustClockResponse{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdjustClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdjustClockResponse) ProtoMessage() {}
+
+func (x *AdjustClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdjustClockResponse.ProtoReflect.Descriptor instead.
+func (*AdjustClockResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AdjustClockResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
+	}
+	return nil
+}
+
 type CreateContainerRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -544,7 +642,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -556,7 +654,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -569,7 +667,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateContainerRequest) GetContainerId() string {
@@ -608,7 +706,7 @@ type CreateContainerResponse struct {
 
 func (x *CreateContainerResponse) Reset() {
 	*x = CreateContainerResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -620,7 +718,7 @@ func (x *CreateContainerResponse) String() string {
 func (*CreateContainerResponse) ProtoMessage() {}
 
 func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -633,7 +731,7 @@ func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerResponse.ProtoReflect.Descriptor instead.
 func (*CreateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 type ExecRequest struct {
@@ -652,7 +750,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -664,7 +762,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -677,7 +775,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -720,7 +818,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -732,7 +830,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -745,7 +843,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -772,7 +870,7 @@ type ExecFailure struct {
 
 func (x *ExecFailure) Reset() {
 	*x = ExecFailure{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -784,7 +882,7 @@ func (x *ExecFailure) String() string {
 func (*ExecFailure) ProtoMessage() {}
 
 func (x *ExecFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -797,7 +895,7 @@ func (x *ExecFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecFailure.ProtoReflect.Descriptor instead.
 func (*ExecFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ExecFailure) GetReason() ExecFailure_Reason {
@@ -826,7 +924,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -838,7 +936,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -851,7 +949,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Chunk) GetStream() Stream {
@@ -890,7 +988,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -902,7 +1000,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -915,7 +1013,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReadOutputRequest) GetProcessId() string {
@@ -958,7 +1056,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1068,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1081,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*Chunk {
@@ -1015,7 +1113,7 @@ type WriteInputRequest struct {
 
 func (x *WriteInputRequest) Reset() {
 	*x = WriteInputRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1125,7 @@ func (x *WriteInputRequest) String() string {
 func (*WriteInputRequest) ProtoMessage() {}
 
 func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1138,7 @@ func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteInputRequest.ProtoReflect.Descriptor instead.
 func (*WriteInputRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WriteInputRequest) GetProcessId() string {
@@ -1083,7 +1181,7 @@ type WriteInputResponse struct {
 
 func (x *WriteInputResponse) Reset() {
 	*x = WriteInputResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1095,7 +1193,7 @@ func (x *WriteInputResponse) String() string {
 func (*WriteInputResponse) ProtoMessage() {}
 
 func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1108,7 +1206,7 @@ func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteInputResponse.ProtoReflect.Descriptor instead.
 func (*WriteInputResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WriteInputResponse) GetClosed() bool {
@@ -1136,7 +1234,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1148,7 +1246,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1161,7 +1259,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ResizeRequest) GetProcessId() string {
@@ -1193,7 +1291,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1205,7 +1303,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1218,7 +1316,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 type SignalRequest struct {
@@ -1233,7 +1331,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1245,7 +1343,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1258,7 +1356,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignalRequest) GetProcessId() string {
@@ -1290,7 +1388,7 @@ type SignalResponse struct {
 
 func (x *SignalResponse) Reset() {
 	*x = SignalResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1400,7 @@ func (x *SignalResponse) String() string {
 func (*SignalResponse) ProtoMessage() {}
 
 func (x *SignalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1413,7 @@ func (x *SignalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalResponse.ProtoReflect.Descriptor instead.
 func (*SignalResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 type WaitRequest struct {
@@ -1329,7 +1427,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1341,7 +1439,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1354,7 +1452,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WaitRequest) GetProcessId() string {
@@ -1387,7 +1485,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1497,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1510,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WaitResponse) GetExited() bool {
@@ -1459,7 +1557,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1569,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1582,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ReleaseRequest) GetProcessId() string {
@@ -1502,7 +1600,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1514,7 +1612,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1527,7 +1625,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 type RetainRequest struct {
@@ -1539,7 +1637,7 @@ type RetainRequest struct {
 
 func (x *RetainRequest) Reset() {
 	*x = RetainRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1649,7 @@ func (x *RetainRequest) String() string {
 func (*RetainRequest) ProtoMessage() {}
 
 func (x *RetainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1662,7 @@ func (x *RetainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetainRequest.ProtoReflect.Descriptor instead.
 func (*RetainRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RetainRequest) GetProcessIds() []string {
@@ -1582,7 +1680,7 @@ type RetainResponse struct {
 
 func (x *RetainResponse) Reset() {
 	*x = RetainResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1594,7 +1692,7 @@ func (x *RetainResponse) String() string {
 func (*RetainResponse) ProtoMessage() {}
 
 func (x *RetainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1607,7 +1705,7 @@ func (x *RetainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetainResponse.ProtoReflect.Descriptor instead.
 func (*RetainResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type CopyRequest struct {
@@ -1623,7 +1721,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1635,7 +1733,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1648,7 +1746,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CopyRequest) GetContainerId() string {
@@ -1687,7 +1785,7 @@ type CopyResponse struct {
 
 func (x *CopyResponse) Reset() {
 	*x = CopyResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1797,7 @@ func (x *CopyResponse) String() string {
 func (*CopyResponse) ProtoMessage() {}
 
 func (x *CopyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1810,7 @@ func (x *CopyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
 func (*CopyResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type StatsRequest struct {
@@ -1723,7 +1821,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1735,7 +1833,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1748,7 +1846,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type StatsResponse struct {
@@ -1771,7 +1869,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1783,7 +1881,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1796,7 +1894,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StatsResponse) GetMemoryTotalBytes() uint64 {
@@ -1865,7 +1963,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1877,7 +1975,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1890,7 +1988,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ShutdownRequest) GetGraceMs() uint32 {
@@ -1908,7 +2006,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1920,7 +2018,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1933,7 +2031,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 var File_sandboxd_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -1961,12 +2059,17 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
-	"\x06metric\x18\x04 \x01(\rR\x06metric\"\xa3\x01\n" +
+	"\x06metric\x18\x04 \x01(\rR\x06metric\"\xc1\x01\n" +
 	"\x11ConfigureResponse\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12#\n" +
 	"\ragent_version\x18\x02 \x01(\tR\fagentVersion\x12%\n" +
 	"\x0ekernel_release\x18\x03 \x01(\tR\rkernelRelease\x12\x17\n" +
-	"\aboot_id\x18\x04 \x01(\tR\x06bootId\"\xa5\x01\n" +
+	"\aboot_id\x18\x04 \x01(\tR\x06bootId\x12\x1c\n" +
+	"\town_clock\x18\xd4\x02 \x01(\bR\bownClock\"%\n" +
+	"\x12AdjustClockRequest\x12\x0f\n" +
+	"\x02by\x18\xd4\x02 \x01(\x12R\x02by\"D\n" +
+	"\x13AdjustClockResponse\x12-\n" +
+	"\x03now\x18\xd4\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\xa5\x01\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1d\n" +
 	"\n" +
@@ -2073,9 +2176,10 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x022\xc1\b\n" +
+	"\rSTREAM_STDERR\x10\x022\x9f\t\n" +
 	"\fAgentService\x12V\n" +
-	"\tConfigure\x12#.sandboxd.agent.v1.ConfigureRequest\x1a$.sandboxd.agent.v1.ConfigureResponse\x12h\n" +
+	"\tConfigure\x12#.sandboxd.agent.v1.ConfigureRequest\x1a$.sandboxd.agent.v1.ConfigureResponse\x12\\\n" +
+	"\vAdjustClock\x12%.sandboxd.agent.v1.AdjustClockRequest\x1a&.sandboxd.agent.v1.AdjustClockResponse\x12h\n" +
 	"\x0fCreateContainer\x12).sandboxd.agent.v1.CreateContainerRequest\x1a*.sandboxd.agent.v1.CreateContainerResponse\x12G\n" +
 	"\x04Exec\x12\x1e.sandboxd.agent.v1.ExecRequest\x1a\x1f.sandboxd.agent.v1.ExecResponse\x12Y\n" +
 	"\n" +
@@ -2104,7 +2208,7 @@ func file_sandboxd_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(Stream)(0),                     // 0: sandboxd.agent.v1.Stream
 	(ExecFailure_Reason)(0),         // 1: sandboxd.agent.v1.ExecFailure.Reason
@@ -2113,76 +2217,81 @@ var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(*Network)(nil),                 // 4: sandboxd.agent.v1.Network
 	(*Route)(nil),                   // 5: sandboxd.agent.v1.Route
 	(*ConfigureResponse)(nil),       // 6: sandboxd.agent.v1.ConfigureResponse
-	(*CreateContainerRequest)(nil),  // 7: sandboxd.agent.v1.CreateContainerRequest
-	(*CreateContainerResponse)(nil), // 8: sandboxd.agent.v1.CreateContainerResponse
-	(*ExecRequest)(nil),             // 9: sandboxd.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 10: sandboxd.agent.v1.ExecResponse
-	(*ExecFailure)(nil),             // 11: sandboxd.agent.v1.ExecFailure
-	(*Chunk)(nil),                   // 12: sandboxd.agent.v1.Chunk
-	(*ReadOutputRequest)(nil),       // 13: sandboxd.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 14: sandboxd.agent.v1.ReadOutputResponse
-	(*WriteInputRequest)(nil),       // 15: sandboxd.agent.v1.WriteInputRequest
-	(*WriteInputResponse)(nil),      // 16: sandboxd.agent.v1.WriteInputResponse
-	(*ResizeRequest)(nil),           // 17: sandboxd.agent.v1.ResizeRequest
-	(*ResizeResponse)(nil),          // 18: sandboxd.agent.v1.ResizeResponse
-	(*SignalRequest)(nil),           // 19: sandboxd.agent.v1.SignalRequest
-	(*SignalResponse)(nil),          // 20: sandboxd.agent.v1.SignalResponse
-	(*WaitRequest)(nil),             // 21: sandboxd.agent.v1.WaitRequest
-	(*WaitResponse)(nil),            // 22: sandboxd.agent.v1.WaitResponse
-	(*ReleaseRequest)(nil),          // 23: sandboxd.agent.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 24: sandboxd.agent.v1.ReleaseResponse
-	(*RetainRequest)(nil),           // 25: sandboxd.agent.v1.RetainRequest
-	(*RetainResponse)(nil),          // 26: sandboxd.agent.v1.RetainResponse
-	(*CopyRequest)(nil),             // 27: sandboxd.agent.v1.CopyRequest
-	(*CopyResponse)(nil),            // 28: sandboxd.agent.v1.CopyResponse
-	(*StatsRequest)(nil),            // 29: sandboxd.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 30: sandboxd.agent.v1.StatsResponse
-	(*ShutdownRequest)(nil),         // 31: sandboxd.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 32: sandboxd.agent.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
+	(*AdjustClockRequest)(nil),      // 7: sandboxd.agent.v1.AdjustClockRequest
+	(*AdjustClockResponse)(nil),     // 8: sandboxd.agent.v1.AdjustClockResponse
+	(*CreateContainerRequest)(nil),  // 9: sandboxd.agent.v1.CreateContainerRequest
+	(*CreateContainerResponse)(nil), // 10: sandboxd.agent.v1.CreateContainerResponse
+	(*ExecRequest)(nil),             // 11: sandboxd.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 12: sandboxd.agent.v1.ExecResponse
+	(*ExecFailure)(nil),             // 13: sandboxd.agent.v1.ExecFailure
+	(*Chunk)(nil),                   // 14: sandboxd.agent.v1.Chunk
+	(*ReadOutputRequest)(nil),       // 15: sandboxd.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 16: sandboxd.agent.v1.ReadOutputResponse
+	(*WriteInputRequest)(nil),       // 17: sandboxd.agent.v1.WriteInputRequest
+	(*WriteInputResponse)(nil),      // 18: sandboxd.agent.v1.WriteInputResponse
+	(*ResizeRequest)(nil),           // 19: sandboxd.agent.v1.ResizeRequest
+	(*ResizeResponse)(nil),          // 20: sandboxd.agent.v1.ResizeResponse
+	(*SignalRequest)(nil),           // 21: sandboxd.agent.v1.SignalRequest
+	(*SignalResponse)(nil),          // 22: sandboxd.agent.v1.SignalResponse
+	(*WaitRequest)(nil),             // 23: sandboxd.agent.v1.WaitRequest
+	(*WaitResponse)(nil),            // 24: sandboxd.agent.v1.WaitResponse
+	(*ReleaseRequest)(nil),          // 25: sandboxd.agent.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 26: sandboxd.agent.v1.ReleaseResponse
+	(*RetainRequest)(nil),           // 27: sandboxd.agent.v1.RetainRequest
+	(*RetainResponse)(nil),          // 28: sandboxd.agent.v1.RetainResponse
+	(*CopyRequest)(nil),             // 29: sandboxd.agent.v1.CopyRequest
+	(*CopyResponse)(nil),            // 30: sandboxd.agent.v1.CopyResponse
+	(*StatsRequest)(nil),            // 31: sandboxd.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 32: sandboxd.agent.v1.StatsResponse
+	(*ShutdownRequest)(nil),         // 33: sandboxd.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 34: sandboxd.agent.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
 }
 var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
-	33, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
+	35, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
 	4,  // 1: sandboxd.agent.v1.ConfigureRequest.network:type_name -> sandboxd.agent.v1.Network
 	5,  // 2: sandboxd.agent.v1.Network.routes:type_name -> sandboxd.agent.v1.Route
-	11, // 3: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
-	1,  // 4: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
-	0,  // 5: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
-	33, // 6: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
-	12, // 7: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
-	33, // 8: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
-	2,  // 9: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
-	3,  // 10: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
-	7,  // 11: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
-	9,  // 12: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
-	13, // 13: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
-	15, // 14: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
-	17, // 15: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
-	19, // 16: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
-	21, // 17: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
-	23, // 18: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
-	25, // 19: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
-	27, // 20: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
-	29, // 21: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
-	31, // 22: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
-	6,  // 23: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
-	8,  // 24: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
-	10, // 25: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
-	14, // 26: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
-	16, // 27: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
-	18, // 28: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
-	20, // 29: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
-	22, // 30: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
-	24, // 31: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
-	26, // 32: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
-	28, // 33: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
-	30, // 34: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
-	32, // 35: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
-	23, // [23:36] is the sub-list for method output_type
-	10, // [10:23] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	35, // 3: sandboxd.agent.v1.AdjustClockResponse.now:type_name -> google.protobuf.Timestamp
+	13, // 4: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
+	1,  // 5: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
+	0,  // 6: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
+	35, // 7: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
+	14, // 8: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
+	35, // 9: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
+	2,  // 10: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
+	3,  // 11: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
+	7,  // 12: sandboxd.agent.v1.AgentService.AdjustClock:input_type -> sandboxd.agent.v1.AdjustClockRequest
+	9,  // 13: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
+	11, // 14: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
+	15, // 15: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
+	17, // 16: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
+	19, // 17: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
+	21, // 18: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
+	23, // 19: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
+	25, // 20: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
+	27, // 21: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
+	29, // 22: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
+	31, // 23: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
+	33, // 24: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
+	6,  // 25: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
+	8,  // 26: sandboxd.agent.v1.AgentService.AdjustClock:output_type -> sandboxd.agent.v1.AdjustClockResponse
+	10, // 27: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
+	12, // 28: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
+	16, // 29: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
+	18, // 30: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
+	20, // 31: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
+	22, // 32: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
+	24, // 33: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
+	26, // 34: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
+	28, // 35: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
+	30, // 36: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
+	32, // 37: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
+	34, // 38: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
+	25, // [25:39] is the sub-list for method output_type
+	11, // [11:25] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_agent_v1_agent_proto_init() }
@@ -2196,7 +2305,7 @@ func file_sandboxd_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_agent_v1_agent_proto_rawDesc), len(file_sandboxd_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

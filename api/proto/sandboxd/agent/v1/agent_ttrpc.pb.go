@@ -9,6 +9,7 @@ import (
 
 type AgentServiceService interface {
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
+	AdjustClock(context.Context, *AdjustClockRequest) (*AdjustClockResponse, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*CreateContainerResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
 	ReadOutput(context.Context, *ReadOutputRequest) (*ReadOutputResponse, error)
@@ -32,6 +33,13 @@ func RegisterAgentServiceService(srv *ttrpc.Server, svc AgentServiceService) {
 					return nil, err
 				}
 				return svc.Configure(ctx, &req)
+			},
+			"AdjustClock": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AdjustClockRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.AdjustClock(ctx, &req)
 			},
 			"CreateContainer": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CreateContainerRequest
@@ -134,6 +142,14 @@ func NewAgentServiceClient(client *ttrpc.Client) AgentServiceService {
 func (c *agentserviceClient) Configure(ctx context.Context, req *ConfigureRequest) (*ConfigureResponse, error) {
 	var resp ConfigureResponse
 	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Configure", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentserviceClient) AdjustClock(ctx context.Context, req *AdjustClockRequest) (*AdjustClockResponse, error) {
+	var resp AdjustClockResponse
+	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "AdjustClock", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

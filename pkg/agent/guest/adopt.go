@@ -1,0 +1,66 @@
+package guest
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// adopt waits until a daemon says who this guest is: see spec/channel.go. A guest that becomes a template stands here
+// when its memory is taken, and each of its clones goes on from here. Until the daemon's random bytes have been taken over
+// the agent draws none: what it drew would be every clone's.
+func adopt(dial func(context.Context) (net.Conn, error), random *os.File) (net.Conn, [spec.TokenLen]byte) {
+	for {
+		conn, token, err := tryAdopt(dial, random)
+		if err == nil {
+			return conn, token
+		}
+		// A clone's connections are those of its template, which end at once.
+		time.Sleep(adoptPause)
+	}
+}
+
+// adoptPause keeps an agent whose connections fail at once from spinning.
+const adoptPause = time.Millisecond
+
+func tryAdopt(dial func(context.Context) (net.Conn, error), random *os.File) (_ net.Conn, token [spec.TokenLen]byte, err error) {
+	conn, err := dial(context.Background())
+	if err != nil {
+		return nil, token, err
+	}
+	defer func() {
+		if err != nil {
+			conn.Close()
+		}
+	}()
+	if _, err := conn.Write(spec.Preface(token)); err != nil {
+		return nil, token, err
+	}
+	var told [spec.AdoptionLen]byte
+	if _, err := io.ReadFull(conn, told[:]); err != nil {
+		return nil, token, err
+	}
+	copy(token[:], told[:spec.TokenLen])
+	if err := addEntropy(random, told[spec.TokenLen:]); err != nil {
+		return nil, token, err
+	}
+	clear(told[:])
+	if _, err := conn.Write(spec.Preface(token)); err != nil {
+		return nil, token, fmt.Errorf("cannot answer an adoption: %w", err)
+	}
+	return conn, token, nil
+}
+
+// dropCaches gives back what the guest's kernel read and will not read again (the initramfs's modules, the agent's own
+// file twice): a template's memory is copied and kept.
+func dropCaches() error {
+	unix.Sync()
+	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+}

@@ -1,0 +1,181 @@
+package microvm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
+)
+
+// What a VM was started from, as runtime.Facts shows it.
+const (
+	startedCold     = "cold"
+	startedTemplate = "template"
+	startedPool     = "pool"
+)
+
+// cloneTimeout bounds the start of a clone: seen 0.1 s under TCG alone on a machine. One that takes longer is given up, and
+// the VM is booted.
+const (
+	cloneTimeout = 20 * time.Second
+	// incomingPause is between two looks at a QEMU that takes over a state, which takes it about 3 ms.
+	incomingPause = time.Millisecond
+	// statusIncoming is its state while it does.
+	statusIncoming = "inmigrate"
+)
+
+// startFrom starts a VM the quickest way there is: as a clone where there is a template for it, else by booting it.
+func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel string) (*instance, error) {
+	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
+	if r.templates == nil || s.ImagePath == "" || spec.Joins(s.Network) {
+		return b.run(ctx)
+	}
+	key, err := r.templateKey(s, g, accel)
+	if err != nil {
+		return nil, err
+	}
+	t, note := r.templates.find(key)
+	if t != nil {
+		defer t.release()
+		c := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: cloneTimeout, clone: t}
+		i, err := c.run(ctx)
+		if err == nil || ctx.Err() != nil || spec.KindOf(err) == spec.KindAlreadyExists {
+			return i, err
+		}
+		// Whatever was wrong: a template that does not come up is of no use, and the next one is made anew.
+		note = fmt.Sprintf("the clone of template %s did not come up: %v", key.short(), err)
+		if err := r.templates.drop(key); err != nil {
+			return nil, err
+		}
+	}
+	if note != "" {
+		r.cfg.Logger.Warn("a VM is booted although there was a template", zap.String("sandbox", s.ID), zap.String("template", key.short()), zap.String("why", note))
+	}
+	b.note = note
+	i, err := b.run(ctx)
+	if err == nil {
+		r.wantTemplate(key, s, g, accel)
+	}
+	return i, err
+}
+
+func (b *boot) startedFrom() string {
+	if b.clone != nil {
+		return startedTemplate
+	}
+	return startedCold
+}
+
+// templateFiles gives QEMU what a template is made in, or a clone is made of.
+func (b *boot) templateFiles(a *vmArgs, j *jail, add func(*os.File, error) int) {
+	j.descriptors = b.making != nil || b.clone != nil
+	switch {
+	case b.making != nil:
+		a.Memory, a.MemoryShared = add(b.making.memory, nil), true
+	case b.clone != nil:
+		a.Memory = add(b.clone.memory, nil)
+		a.Incoming = true
+	}
+}
+
+// goOn lets QEMU open its guest's memory, and a clone's take over its template's state, upon which the guest runs.
+func (b *boot) goOn(ctx context.Context, i *instance) error {
+	// Only now QEMU goes on: it has been shown its descriptors.
+	q, err := i.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	defer q.Close() //nolint:errcheck // only asked
+	if b.clone == nil {
+		return hideDescriptors(i.qemu())
+	}
+	if err := b.takeOver(ctx, q); err != nil {
+		return err
+	}
+	if err := hideDescriptors(i.qemu()); err != nil {
+		return err
+	}
+	return q.execute(ctx, "cont", nil)
+}
+
+// takeOver has QEMU read the template's state. The guest is stopped then, as the template was.
+func (b *boot) takeOver(ctx context.Context, q *qmp) error {
+	// Opened anew: each reads it from its beginning.
+	state, err := os.Open(fdPath(int(b.clone.state.Fd())))
+	if err != nil {
+		return fmt.Errorf("cannot open the template's state: %w", err)
+	}
+	defer state.Close() //nolint:errcheck // only read
+	if err := q.ignoreSharedMemory(ctx); err != nil {
+		return err
+	}
+	if err := q.executeWith(ctx, "getfd", map[string]any{"fdname": stateFDName}, state, nil); err != nil {
+		return err
+	}
+	if err := q.executeWith(ctx, "migrate-incoming", map[string]any{"uri": "fd:" + stateFDName}, nil, nil); err != nil {
+		return err
+	}
+	for {
+		status, err := q.status(ctx)
+		if err != nil || status != statusIncoming {
+			return err
+		}
+		select {
+		case <-time.After(incomingPause):
+		case <-ctx.Done():
+			return fmt.Errorf("cannot take over the template's state: %w", ctx.Err())
+		}
+	}
+}
+
+// ignoreSharedMemory leaves the guest's memory, which is the template's file, out of what QEMU writes or reads.
+func (q *qmp) ignoreSharedMemory(ctx context.Context) error {
+	return q.executeWith(ctx, "migrate-set-capabilities", map[string]any{
+		"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}},
+	}, nil, nil)
+}
+
+// adopt tells a clone who it is, over the first connection of its agent, which stays open: see spec/channel.go.
+func (i *instance) adopt(ctx context.Context, conn net.Conn) (_ net.Conn, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("cannot adopt the clone: %w", err), ignoreClosed(conn.Close()))
+		}
+	}()
+	token, err := i.rec.token()
+	if err != nil {
+		return nil, err
+	}
+	told := make([]byte, spec.AdoptionLen)
+	copy(told, token[:])
+	if _, err := rand.Read(told[spec.TokenLen:]); err != nil {
+		return nil, err
+	}
+	adopting, ok := i.transport.(adopter)
+	if !ok {
+		return nil, fmt.Errorf("its transport %s has no clones", i.rec.Transport.Name)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	if err := conn.SetWriteDeadline(time.Now().Add(prefaceTimeout)); err != nil {
+		return nil, err
+	}
+	if _, err := conn.Write(told); err != nil {
+		return nil, err
+	}
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	if err := readPrefaceContext(ctx, conn, token); err != nil {
+		return nil, err
+	}
+	adopting.adopted(token)
+	return conn, nil
+}
