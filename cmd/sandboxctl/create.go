@@ -34,6 +34,7 @@ func (a *app) createCommand() *cobra.Command {
 		}),
 	}
 	flags.register(cmd.Flags())
+	flags.registerKey(cmd.Flags())
 	cmd.Flags().SetInterspersed(false)
 	return cmd
 }

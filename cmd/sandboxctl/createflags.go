@@ -24,6 +24,12 @@ type createFlags struct {
 	user, workdir, hostname, network, stopSignal string
 	entrypoint                                   string
 	readOnly, interactive, tty                   bool
+	// Of create and run only.
+	key string
+}
+
+func (c *createFlags) registerKey(f *pflag.FlagSet) {
+	f.StringVar(&c.key, "idempotency-key", "", "chosen by you: the same call again, with the same key, makes no second workload but goes on with the first")
 }
 
 func (c *createFlags) register(f *pflag.FlagSet) {
@@ -90,7 +96,7 @@ func (c *createFlags) request(image string, command []string) (*sandboxdv1.Creat
 		}
 		spec.Mounts = append(spec.Mounts, mount)
 	}
-	return &sandboxdv1.CreateWorkloadRequest{Name: c.name, Labels: labels, Spec: spec}, nil
+	return &sandboxdv1.CreateWorkloadRequest{IdempotencyKey: c.key, Name: c.name, Labels: labels, Spec: spec}, nil
 }
 
 func (c *createFlags) process(command []string) (*sandboxdv1.ProcessSpec, error) {

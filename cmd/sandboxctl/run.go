@@ -50,6 +50,7 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 		},
 	}
 	flags.register(cmd.Flags())
+	flags.registerKey(cmd.Flags())
 	boolFlag(cmd.Flags(), &detach, "detach", "d", "print the id and leave it running")
 	cmd.Flags().BoolVar(&remove, "rm", false, "delete the workload when it has ended, or when this program is interrupted; not with -d")
 	cmd.Flags().SetInterspersed(false)
@@ -68,12 +69,16 @@ func (a *app) runDetached(ctx context.Context, c *client.Client, request *sandbo
 			return err
 		}
 	}
-	started, err := c.Workloads.StartWorkload(ctx, &sandboxdv1.StartWorkloadRequest{Id: id})
-	if err != nil {
-		return err
+	w := created.GetWorkload()
+	if !client.Begun(w) {
+		started, err := c.Workloads.StartWorkload(ctx, &sandboxdv1.StartWorkloadRequest{Id: id})
+		if err != nil {
+			return err
+		}
+		w = started.GetWorkload()
 	}
 	if a.json() {
-		return a.printJSON(started.GetWorkload())
+		return a.printJSON(w)
 	}
 	return nil
 }

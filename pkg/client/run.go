@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"io"
 	"time"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
@@ -38,19 +39,54 @@ func (c *Client) Run(ctx context.Context, request *sandboxdv1.CreateWorkloadRequ
 	if o.Remove {
 		defer func() { err = errors.Join(err, c.remove(ctx, id)) }()
 	}
+	if end := created.GetWorkload().GetStatus(); end.GetState() == sandboxdv1.WorkloadState_WORKLOAD_STATE_EXITED && Begun(created.GetWorkload()) {
+		return &sandboxdv1.ProcessExit{Code: end.GetExitCode(), Signal: end.GetExitSignal()}, c.replay(ctx, id, o.Stdio)
+	}
 	p, err := c.Attach(ctx, &sandboxdv1.AttachStart{Id: id, FromStart: true}, o.Stdio)
 	if err != nil {
 		return nil, err
 	}
 	defer p.Close()
-	started, err := c.Workloads.StartWorkload(ctx, &sandboxdv1.StartWorkloadRequest{Id: id})
-	if err != nil {
-		return nil, err
+	w := created.GetWorkload()
+	if !Begun(w) {
+		started, err := c.Workloads.StartWorkload(ctx, &sandboxdv1.StartWorkloadRequest{Id: id})
+		if err != nil {
+			return nil, err
+		}
+		w = started.GetWorkload()
 	}
 	if o.Started != nil {
-		o.Started(started.GetWorkload(), p)
+		o.Started(w, p)
 	}
 	return p.Wait()
+}
+
+// replay writes the output of a workload that has ended.
+func (c *Client) replay(ctx context.Context, id string, to Stdio) error {
+	logs, err := c.Workloads.StreamLogs(ctx, &sandboxdv1.StreamLogsRequest{Id: id})
+	for err == nil {
+		var piece *sandboxdv1.StreamLogsResponse
+		if piece, err = logs.Recv(); err != nil {
+			break
+		}
+		w := to.Stdout
+		if piece.GetStream() == sandboxdv1.OutputStream_OUTPUT_STREAM_STDERR {
+			w = to.Stderr
+		}
+		if w != nil {
+			_, err = w.Write(piece.GetData())
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// Begun reports whether a workload that a creation was answered with has been started before: the creation had an idempotency
+// key, and was a retry.
+func Begun(w *sandboxdv1.Workload) bool {
+	return w.GetStatus().GetState() > sandboxdv1.WorkloadState_WORKLOAD_STATE_CREATED
 }
 
 // remove also works when ctx has ended: that is when it matters most.

@@ -106,9 +106,11 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.CreateWorkloadRequest.name":   {free: "names are the whole host's; a taken one is refused", audited: true},
 	"sandboxd.v1.CreateWorkloadRequest.labels": {check: labelsFit, unset: true, audited: true},
 	"sandboxd.v1.CreateWorkloadRequest.spec":   {free: parts},
-	"sandboxd.v1.ExplainRequest.name":          {free: answers},
-	"sandboxd.v1.ExplainRequest.labels":        {check: labelsFit, unset: true},
-	"sandboxd.v1.ExplainRequest.spec":          {free: parts},
+	// Whoever knew it could do no more with it than who made it.
+	"sandboxd.v1.CreateWorkloadRequest.idempotency_key": {free: "finds only what this caller made with it", audited: true},
+	"sandboxd.v1.ExplainRequest.name":                   {free: answers},
+	"sandboxd.v1.ExplainRequest.labels":                 {check: labelsFit, unset: true},
+	"sandboxd.v1.ExplainRequest.spec":                   {free: parts},
 
 	"sandboxd.v1.StartWorkloadRequest.id":         {free: names, audited: true},
 	"sandboxd.v1.GetWorkloadRequest.id":           {free: names},

@@ -43,6 +43,7 @@ func (s *workloadService) CreateWorkload(ctx context.Context, r *sandboxdv1.Crea
 	if err != nil {
 		return nil, err
 	}
+	o.Key = r.GetIdempotencyKey()
 	w, err := s.Workloads.Create(ctx, o)
 	if spec.KindOf(err) == spec.KindAlreadyExists && permitOf(ctx).everything() == nil {
 		// Whose name it is may not be the caller's business.

@@ -23,10 +23,19 @@ type CreateOptions struct {
 	Labels map[string]string
 	Spec   spec.Workload
 	Caller spec.Caller
+	// Not empty: a retry by the same caller with the same key answers with the workload that the first try made.
+	Key string
 }
 
 // Create records a workload and the policy's decision. It runs nothing.
 func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error) {
+	if o.Key != "" {
+		return m.createOnce(ctx, o)
+	}
+	return m.create(o, nil)
+}
+
+func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 	id, err := newID()
 	if err != nil {
 		return Workload{}, err
@@ -62,6 +71,7 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (Workload, error)
 		},
 		Asked:  asked,
 		Caller: o.Caller,
+		Once:   once,
 	})
 	if err := m.reserve(e); err != nil {
 		return Workload{}, err

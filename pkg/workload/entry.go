@@ -27,6 +27,8 @@ type entry struct {
 	// Fixed.
 	id, name, digest string
 	created          time.Time
+	once             *once
+	onceID           onceID
 	// Whether its record is on the disk: until then it only keeps its name and its image. Guarded by Manager.mu.
 	ready bool
 	// Held by the verb that is building or taking down the workload's walls.
@@ -69,10 +71,14 @@ type run struct {
 const containerID = "main"
 
 func newEntry(m *Manager, r *record) *entry {
-	return &entry{
-		m: m, id: r.ID, name: r.Name, digest: r.Status.ImageDigest, created: r.CreatedAt,
+	e := &entry{
+		m: m, id: r.ID, name: r.Name, digest: r.Status.ImageDigest, created: r.CreatedAt, once: r.Once,
 		op: make(chan struct{}, 1), rec: *r, changed: make(chan struct{}),
 	}
+	if e.once != nil {
+		e.onceID = onceID{r.Caller.Key(), e.once.Key}
+	}
+	return e
 }
 
 // pageKey orders workloads by age.

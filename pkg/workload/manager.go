@@ -80,6 +80,9 @@ type Manager struct {
 	mu     sync.Mutex // guards what follows, and entry.ready
 	byID   map[string]*entry
 	byName map[string]*entry
+	// Of creations with an idempotency key, and of those under way.
+	byKey    map[onceID]*entry
+	creating map[onceID]chan struct{}
 }
 
 var errClosing = spec.Errorf(spec.KindUnavailable, "sandboxd is shutting down: call again when it is back")
@@ -97,7 +100,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	m := &Manager{
 		cfg: cfg, dir: dir, store: st, events: newEventRing(),
-		byID: map[string]*entry{}, byName: map[string]*entry{},
+		byID: map[string]*entry{}, byName: map[string]*entry{}, byKey: map[onceID]*entry{}, creating: map[onceID]chan struct{}{},
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	records, err := st.all()
@@ -137,6 +140,9 @@ func (m *Manager) Close() error {
 func (m *Manager) addLocked(e *entry) {
 	m.byID[e.id] = e
 	m.byName[e.name] = e
+	if e.once != nil {
+		m.byKey[e.onceID] = e
+	}
 }
 
 func (m *Manager) forget(e *entry) {
@@ -145,6 +151,9 @@ func (m *Manager) forget(e *entry) {
 	delete(m.byID, e.id)
 	if m.byName[e.name] == e {
 		delete(m.byName, e.name)
+	}
+	if e.once != nil && m.byKey[e.onceID] == e {
+		delete(m.byKey, e.onceID)
 	}
 }
 

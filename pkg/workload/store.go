@@ -26,6 +26,8 @@ type record struct {
 	Asked spec.Resources `json:"asked"`
 	// Who created it.
 	Caller spec.Caller `json:"caller"`
+	// Of a creation with an idempotency key.
+	Once *once `json:"once,omitempty"`
 	// The configuration the agent was given, to be stored with the record but not read with it: it is large, and written once
 	// a run.
 	config []byte

@@ -77,11 +77,15 @@ func (OutputStream) EnumDescriptor() ([]byte, []int) {
 type CreateWorkloadRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Unique among workloads; made up when empty.
-	Name          string            `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Labels        map[string]string `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Spec          *WorkloadSpec     `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Name   string            `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Labels map[string]string `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Spec   *WorkloadSpec     `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
+	// Chosen by the caller, best at random: a retry with the same key makes no second workload but answers with the first one,
+	// as it is by then; also while the first call is under way, and after a restart of the daemon. The same key with another
+	// request is INVALID_ARGUMENT. Each caller has keys of its own; a key is kept as long as its workload.
+	IdempotencyKey string `protobuf:"bytes,420,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CreateWorkloadRequest) Reset() {
@@ -133,6 +137,13 @@ func (x *CreateWorkloadRequest) GetSpec() *WorkloadSpec {
 		return x.Spec
 	}
 	return nil
+}
+
+func (x *CreateWorkloadRequest) GetIdempotencyKey() string {
+	if x != nil {
+		return x.IdempotencyKey
+	}
+	return ""
 }
 
 type CreateWorkloadResponse struct {
@@ -2652,11 +2663,12 @@ var File_sandboxd_v1_workload_service_proto protoreflect.FileDescriptor
 
 const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\n" +
-	"\"sandboxd/v1/workload_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asandboxd/v1/workload.proto\"\xa9\x02\n" +
+	"\"sandboxd/v1/workload_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asandboxd/v1/workload.proto\"\xe7\x02\n" +
 	"\x15CreateWorkloadRequest\x12<\n" +
 	"\x04name\x18\x01 \x01(\tB(\xbaH%r#\x18?2\x1f^([a-zA-Z0-9][a-zA-Z0-9_.-]*)?$R\x04name\x12`\n" +
 	"\x06labels\x18\x02 \x03(\v2..sandboxd.v1.CreateWorkloadRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x125\n" +
-	"\x04spec\x18\x03 \x01(\v2\x19.sandboxd.v1.WorkloadSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x1a9\n" +
+	"\x04spec\x18\x03 \x01(\v2\x19.sandboxd.v1.WorkloadSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12<\n" +
+	"\x0fidempotency_key\x18\xa4\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x012\b^[!-~]*$R\x0eidempotencyKey\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"K\n" +
