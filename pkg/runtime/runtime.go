@@ -6,6 +6,7 @@ import (
 	"context"
 	"net"
 	"os"
+	"time"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -63,6 +64,24 @@ type Networker interface {
 	// Connect has the sandbox use the interface that is there now. What it makes is in the namespace or of the instance, and
 	// goes with them.
 	Connect(n spec.Network) error
+}
+
+// ConsoleKeeper is a Runtime whose sandboxes have a kernel and a monitor of their own, and which keeps what those say in the
+// file that spec.Sandbox names.
+type ConsoleKeeper interface {
+	Runtime
+	// ReadConsole calls fn with each line of such a file, the oldest first, until fn answers with an error, which is then its
+	// own. A file that is not there has none. The sandbox may be there or gone.
+	ReadConsole(path string, fn func(at time.Time, line string) error) error
+}
+
+// OwnKernel is an Instance whose processes have a kernel of their own, so that memory can run out in two places: that
+// kernel's, of which only the agent can tell, and the limit of the host's cgroup, which then ends the sandbox's own host
+// processes. What the agent says of memory is about its kernel's, and never about the host's.
+type OwnKernel interface {
+	Instance
+	// HasOwnKernel does nothing.
+	HasOwnKernel()
 }
 
 // Explainer is an instance that can say why it ended.

@@ -260,15 +260,6 @@ func checkTable[A comparable, B interface {
 	}
 }
 
-// A container's agent sees the host's memory: its claims are not shown.
-func TestUsageOfAContainerHasNoGuestMemory(t *testing.T) {
-	u := workload.Usage{Claims: spec.Claims{MemoryTotalBytes: 1 << 40, MemoryAvailableBytes: 1 << 39}}
-	u.Workload.Status.Isolation = spec.IsolationContainer
-	if got := usageToAPI(u); got.GetGuestMemoryTotalBytes() != 0 || got.GetGuestMemoryAvailableBytes() != 0 {
-		t.Errorf("the host's memory is shown as a guest's: %v", got)
-	}
-}
-
 // Strings that no proto message may carry would make every answer that has them fail: a sandbox could hide behind that.
 func TestHostileStringsCanBeSent(t *testing.T) {
 	var w workload.Workload

@@ -181,10 +181,6 @@ func exitToAPI(e spec.Exit) *sandboxdv1.ProcessExit {
 }
 
 func usageToAPI(u workload.Usage) *sandboxdv1.Usage {
-	if u.Workload.Status.Isolation != spec.IsolationVM {
-		// What an agent without a kernel of its own says of memory is about the host.
-		u.Claims.MemoryTotalBytes, u.Claims.MemoryAvailableBytes = 0, 0
-	}
 	return &sandboxdv1.Usage{
 		Id:                        u.Workload.ID,
 		Name:                      u.Workload.Name,

@@ -2,8 +2,9 @@ package workload
 
 import (
 	"path/filepath"
+	"time"
 
-	"github.com/sandboxd/sandboxd/pkg/console"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -13,16 +14,17 @@ func (e *entry) consolePath() string { return filepath.Join(e.dir(), "console.lo
 
 // consoleLog calls fn with each line of the console that o selects.
 func (e *entry) consoleLog(o LogOptions, fn func(LogEntry) error) error {
-	if e.isolation() != spec.IsolationVM {
+	keeper, ok := e.runtime().(runtime.ConsoleKeeper)
+	if !ok {
 		return spec.Errorf(spec.KindUnsupported, "workload %q has no console: a container runs on the host's kernel, whose messages dmesg shows", e.name)
 	}
 	if o.Follow {
 		return spec.Invalidf("follow", "a console cannot be followed: leave follow out, and ask again")
 	}
 	var lines []LogEntry
-	err := console.Read(e.consolePath(), func(line console.Entry) error {
-		if !line.Time.Before(o.Since) {
-			lines = append(lines, LogEntry{Time: line.Time, Stream: Stdout, Data: []byte(line.Text + "\n")})
+	err := keeper.ReadConsole(e.consolePath(), func(at time.Time, line string) error {
+		if !at.Before(o.Since) {
+			lines = append(lines, LogEntry{Time: at, Stream: Stdout, Data: []byte(line + "\n")})
 		}
 		return nil
 	})

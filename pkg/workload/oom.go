@@ -6,7 +6,7 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 )
 
 // OOMWhere is where memory ran out.
@@ -40,12 +40,12 @@ func (e *entry) oom(r *run) *OOM {
 		return nil
 	}
 	o := &OOM{Where: OOMContainer, Kills: u.OOMKills, LimitBytes: u.MemoryLimitBytes, PeakBytes: u.MemoryPeakBytes}
-	vm := e.isolation() == spec.IsolationVM
+	_, ownKernel := r.inst.(runtime.OwnKernel)
 	switch {
-	case u.OOMKills > 0 && vm:
+	case u.OOMKills > 0 && ownKernel:
 		o.Where = OOMVMM
 	case u.OOMKills > 0:
-	case vm:
+	case ownKernel:
 		if o.Where, o.Kills = OOMGuest, e.guestKills(r); o.Kills == 0 {
 			return nil
 		}

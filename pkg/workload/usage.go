@@ -6,6 +6,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -42,6 +43,10 @@ func (m *Manager) Usage(ctx context.Context, ref string) (Usage, error) {
 	defer cancel()
 	if u.Claims, err = r.client.Stats(limited); err != nil {
 		m.cfg.Log.Debug("agent does not answer", zap.String("workload", e.id), zap.Error(err))
+	}
+	if _, own := r.inst.(runtime.OwnKernel); !own {
+		// What an agent without a kernel of its own says of memory is about the host.
+		u.Claims.MemoryTotalBytes, u.Claims.MemoryAvailableBytes, u.Claims.MemoryCacheBytes = 0, 0, 0
 	}
 	return u, nil
 }

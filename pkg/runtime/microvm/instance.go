@@ -73,6 +73,7 @@ func (i *instance) qemu() *os.File {
 var (
 	_ runtime.Instance  = (*instance)(nil)
 	_ runtime.Explainer = (*instance)(nil)
+	_ runtime.OwnKernel = (*instance)(nil)
 )
 
 // watch starts following i's processes. Close waits for it.
@@ -186,6 +187,9 @@ func (i *instance) Why() string {
 		return ""
 	}
 }
+
+// HasOwnKernel implements runtime.OwnKernel.
+func (i *instance) HasOwnKernel() {}
 
 // Done implements runtime.Instance.
 func (i *instance) Done() <-chan struct{} { return i.done }
