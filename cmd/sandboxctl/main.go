@@ -45,6 +45,20 @@ func (a *app) dial() (*client.Client, error) {
 	return client.Dial(a.address)
 }
 
+// checkTLSFlags refuses flags that would have no effect, and whose user believes that certificates are checked. Environment
+// variables are no such demand: they may be there for another address.
+func (a *app) checkTLSFlags(cmd *cobra.Command) error {
+	if strings.HasPrefix(a.address, "tcp://") {
+		return nil
+	}
+	for _, name := range []string{"tls-ca", "tls-cert", "tls-key", "tls-server-name"} {
+		if cmd.Flags().Changed(name) {
+			return fmt.Errorf("cannot use --%s with address %q: a Unix socket has no certificates, the kernel says who calls; leave it out, or give --address tcp://HOST:PORT", name, a.address)
+		}
+	}
+	return nil
+}
+
 // main runs the command line and returns the exit code. It prints errors; nothing else does.
 func (a *app) main(args []string) int {
 	root := a.rootCommand()
@@ -77,11 +91,11 @@ request is at fault; 126 when the command cannot be executed; 127 when it is not
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-		PersistentPreRunE: func(*cobra.Command, []string) error {
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			if a.format != formatTable && a.format != formatJSON {
 				return fmt.Errorf("cannot use --format %q: it is table or json", a.format)
 			}
-			return nil
+			return a.checkTLSFlags(cmd)
 		},
 	}
 	address := os.Getenv("SANDBOXD_ADDRESS")
