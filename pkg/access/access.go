@@ -99,6 +99,12 @@ type Limits struct {
 	Pids      uint32 `yaml:"pids"`
 	// Of its output that the daemon keeps.
 	Log Bytes `yaml:"log"`
+	// What it reads from and writes to disks, a second. The daemon's default is no limit; a role with one here may neither
+	// ask for more nor leave it out.
+	IOReadBPS   Bytes  `yaml:"io_read_bps"`
+	IOWriteBPS  Bytes  `yaml:"io_write_bps"`
+	IOReadIOPS  uint32 `yaml:"io_read_iops"`
+	IOWriteIOPS uint32 `yaml:"io_write_iops"`
 }
 
 // Everyone is the role of each caller when there is no file: whoever the socket's mode lets in may do everything.
@@ -210,6 +216,18 @@ func (r *Role) Within(what string, asked, most, byDefault uint64) string {
 		return ""
 	}
 	return fmt.Sprintf("max.%s: %d is more than %d", what, asked, most)
+}
+
+// WithinRate is Within for what has no limit by default: zero is without limit, and so more than any.
+func (r *Role) WithinRate(what string, asked, most uint64) string {
+	switch {
+	case r.Everything || most == 0:
+		return ""
+	case asked == 0:
+		return fmt.Sprintf("max.%s: no limit is more than %d", what, most)
+	default:
+		return r.Within(what, asked, most, most)
+	}
 }
 
 func (r *Role) among(key, asked string, allowed []string) string {

@@ -98,10 +98,18 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.Resources.swap_bytes":        {check: needs(access.Swap), audited: true},
 	"sandboxd.v1.Resources.memory_high_bytes": {free: slower, audited: true},
 	"sandboxd.v1.Resources.oom_group":         {free: "which of its own processes are killed", audited: true},
-	"sandboxd.v1.Resources.io_read_bps":       {free: slower, audited: true},
-	"sandboxd.v1.Resources.io_write_bps":      {free: slower, audited: true},
-	"sandboxd.v1.Resources.io_read_iops":      {free: slower, audited: true},
-	"sandboxd.v1.Resources.io_write_iops":     {free: slower, audited: true},
+	"sandboxd.v1.Resources.io_read_bps": {unset: true, audited: true, check: withinRate("io_read_bps",
+		func(r *sandboxdv1.Resources) uint64 { return r.GetIoReadBps() },
+		func(r *access.Role) uint64 { return uint64(r.Max.IOReadBPS) })},
+	"sandboxd.v1.Resources.io_write_bps": {unset: true, audited: true, check: withinRate("io_write_bps",
+		func(r *sandboxdv1.Resources) uint64 { return r.GetIoWriteBps() },
+		func(r *access.Role) uint64 { return uint64(r.Max.IOWriteBPS) })},
+	"sandboxd.v1.Resources.io_read_iops": {unset: true, audited: true, check: withinRate("io_read_iops",
+		func(r *sandboxdv1.Resources) uint64 { return uint64(r.GetIoReadIops()) },
+		func(r *access.Role) uint64 { return uint64(r.Max.IOReadIOPS) })},
+	"sandboxd.v1.Resources.io_write_iops": {unset: true, audited: true, check: withinRate("io_write_iops",
+		func(r *sandboxdv1.Resources) uint64 { return uint64(r.GetIoWriteIops()) },
+		func(r *access.Role) uint64 { return uint64(r.Max.IOWriteIOPS) })},
 
 	"sandboxd.v1.CreateWorkloadRequest.name":   {free: "names are the whole host's; a taken one is refused", audited: true},
 	"sandboxd.v1.CreateWorkloadRequest.labels": {check: labelsFit, unset: true, audited: true},
@@ -202,6 +210,13 @@ func needs(p access.Privilege) func(*Server, *access.Role, proto.Message) string
 func within(what string, asked func(*sandboxdv1.Resources) uint64, most func(*access.Role) uint64, byDefault uint64) func(*Server, *access.Role, proto.Message) string {
 	return func(_ *Server, r *access.Role, m proto.Message) string {
 		return r.Within(what, asked(m.(*sandboxdv1.Resources)), most(r), byDefault)
+	}
+}
+
+// withinRate is within for what has no limit by default.
+func withinRate(what string, asked func(*sandboxdv1.Resources) uint64, most func(*access.Role) uint64) func(*Server, *access.Role, proto.Message) string {
+	return func(_ *Server, r *access.Role, m proto.Message) string {
+		return r.WithinRate(what, asked(m.(*sandboxdv1.Resources)), most(r))
 	}
 }
 

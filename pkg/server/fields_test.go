@@ -72,6 +72,10 @@ var excess = map[protoreflect.FullName]struct {
 	"sandboxd.v1.Resources.disk_bytes":         {"max", toUint64(2<<30 + 1)},
 	"sandboxd.v1.Resources.pids":               {"max", toUint32(513)},
 	"sandboxd.v1.Resources.log_bytes":          {"max", toUint64(128<<20 + 1)},
+	"sandboxd.v1.Resources.io_read_bps":        {"max", toUint64(1<<20 + 1)},
+	"sandboxd.v1.Resources.io_write_bps":       {"max", toUint64(2<<20 + 1)},
+	"sandboxd.v1.Resources.io_read_iops":       {"max", toUint32(101)},
+	"sandboxd.v1.Resources.io_write_iops":      {"max", toUint32(201)},
 	"sandboxd.v1.Resources.cpu_weight":         {"privileges", toUint32(1)},
 	"sandboxd.v1.Resources.cpuset_cpus":        {"privileges", toString("0")},
 	"sandboxd.v1.Resources.swap_bytes":         {"privileges", toUint64(1)},
@@ -129,7 +133,7 @@ const littleRole = `  - name: little
     workloads: {tenant: a}
     isolation: [vm]
     images: ["docker.io/library/busybox:*"]
-    max: {memory: 64m}
+    max: {memory: 64m, io_read_bps: 1m, io_write_bps: 2m, io_read_iops: 100, io_write_iops: 200}
 `
 
 // place finds a field in a request, making the messages on the way.
@@ -218,11 +222,18 @@ func TestMethodsTimesFields(t *testing.T) {
 	}
 }
 
-// small asks for as much memory as the role little may have.
+// small asks for as much as the role little may have of what is more by default.
 func small(m proto.Message) {
-	in, f := place(m.ProtoReflect(), "sandboxd.v1.Resources.memory_bytes")
-	if in != nil {
-		in.Set(f, protoreflect.ValueOfUint64(64<<20))
+	for name, value := range map[protoreflect.FullName]protoreflect.Value{
+		"sandboxd.v1.Resources.memory_bytes":  protoreflect.ValueOfUint64(64 << 20),
+		"sandboxd.v1.Resources.io_read_bps":   protoreflect.ValueOfUint64(1 << 20),
+		"sandboxd.v1.Resources.io_write_bps":  protoreflect.ValueOfUint64(2 << 20),
+		"sandboxd.v1.Resources.io_read_iops":  protoreflect.ValueOfUint32(100),
+		"sandboxd.v1.Resources.io_write_iops": protoreflect.ValueOfUint32(200),
+	} {
+		if in, f := place(m.ProtoReflect(), name); in != nil {
+			in.Set(f, value)
+		}
 	}
 }
 
@@ -251,6 +262,9 @@ func TestUpdateIsAboutWhatItChanges(t *testing.T) {
 		"too much, outside the mask":       {r(&sandboxdv1.Resources{MemoryBytes: 1 << 40, SwapBytes: 1}, "pids"), ""},
 		"swap, in the mask":                {r(&sandboxdv1.Resources{SwapBytes: 1}, "swap_bytes"), "little.privileges"},
 		"no swap, which takes something":   {r(&sandboxdv1.Resources{}, "swap_bytes", "cpuset_cpus"), ""},
+		"disk I/O within its most":         {r(&sandboxdv1.Resources{IoReadBps: 1 << 20}), ""},
+		"more disk I/O":                    {r(&sandboxdv1.Resources{IoReadBps: 2 << 20}), "little.max.io_read_bps"},
+		"a limit of disk I/O lifted":       {r(&sandboxdv1.Resources{}, "io_write_iops"), "little.max.io_write_iops"},
 		"a mask that names no field":       {r(&sandboxdv1.Resources{MemoryBytes: 1 << 40}, "resources.memory_bytes"), ""},
 		"a field and one there is not":     {r(&sandboxdv1.Resources{MemoryBytes: 1 << 40}, "memory_bytes", "x"), ""},
 		"an empty mask changes nothing":    {&sandboxdv1.UpdateWorkloadRequest{Id: "w", Resources: &sandboxdv1.Resources{MemoryBytes: 1 << 40}, UpdateMask: &fieldmaskpb.FieldMask{}}, ""},
