@@ -10,6 +10,7 @@ import (
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/pkg/client"
+	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
 func (a *app) templateCommand() *cobra.Command {
@@ -76,8 +77,8 @@ func (a *app) templateBuildCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "build [create flags] IMAGE",
 		Short: "Build the template for VMs like this",
-		Long: `Build takes the flags of create and builds the template from which such a VM is cloned. Processors, memory and labels
-count, the rest does not matter.`,
+		Long: `Build takes the flags of create and builds the template from which such a VM is cloned. Processors, memory, labels and
+whether there is a network count, the rest does not matter.`,
 		Example: `  sandboxctl template build --memory 256m debian`,
 		Args:    exactArgs(1, "IMAGE"),
 		RunE: a.call(func(ctx context.Context, c *client.Client, args []string) error {
@@ -87,6 +88,7 @@ count, the rest does not matter.`,
 			}
 			r, err := c.Templates.BuildTemplate(ctx, &sandboxdv1.BuildTemplateRequest{
 				Image: args[0], Resources: request.GetSpec().GetResources(), Labels: request.GetLabels(),
+				Network: spec.Joins(request.GetSpec().GetNetwork()),
 			})
 			if err != nil {
 				return err

@@ -192,6 +192,7 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.BuildTemplateRequest.image":     {check: mayBuildOf, unset: true, audited: true},
 	"sandboxd.v1.BuildTemplateRequest.resources": {free: parts, unset: true},
 	"sandboxd.v1.BuildTemplateRequest.labels":    {check: labelsFit, unset: true, audited: true},
+	"sandboxd.v1.BuildTemplateRequest.network":   {free: "its card leads nowhere", audited: true},
 	"sandboxd.v1.RemoveTemplateRequest.id":       {free: "templates have no owners: who may remove one may remove all", audited: true},
 }
 

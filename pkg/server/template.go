@@ -31,6 +31,7 @@ func (s *templateService) BuildTemplate(ctx context.Context, r *sandboxdv1.Build
 	caller, _ := callerOf(ctx)
 	t, err := s.Workloads.BuildTemplate(ctx, workload.TemplateOptions{
 		Image: r.GetImage(), Resources: resourcesFromAPI(r.GetResources()), Labels: r.GetLabels(), Caller: caller,
+		Network: r.GetNetwork(),
 	})
 	if err != nil {
 		return nil, err

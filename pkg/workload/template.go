@@ -36,6 +36,8 @@ type TemplateOptions struct {
 	Resources spec.Resources
 	Labels    map[string]string
 	Caller    spec.Caller
+	// They are joined to a network.
+	Network bool
 }
 
 func (m *Manager) templater() (runtime.Templater, error) {
@@ -65,7 +67,12 @@ func (m *Manager) BuildTemplate(ctx context.Context, o TemplateOptions) (runtime
 	if err != nil {
 		return runtime.Template{}, err
 	}
+	network := spec.NoNetwork
+	if o.Network {
+		network = "any"
+	}
 	return t.BuildTemplate(ctx, spec.Sandbox{
+		Network:   network,
 		ImagePath: img.Path, Resources: withDefaults(o.Resources, m.cfg.Defaults),
 		TemplateScope: m.cfg.Templates.scope(o.Caller, o.Labels),
 	})

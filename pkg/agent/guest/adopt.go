@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // adopt waits until a daemon says who this guest is: see spec/channel.go. A guest that becomes a template stands here
@@ -57,6 +58,17 @@ func tryAdopt(dial func(context.Context) (net.Conn, error), random *os.File) (_ 
 	}
 	return conn, token, nil
 }
+
+// age is for a test build. A kernel's generator reseeds itself every second at first, ever more seldom later, so the clones of
+// a guest that has been up for a second come to differ by themselves; of one that is older, and has just drawn, they don't.
+func age() {
+	if weaken.Without("youth") {
+		time.Sleep(templateAge)
+		_, _ = unix.Getrandom(make([]byte, 64), 0)
+	}
+}
+
+const templateAge = 12 * time.Second
 
 // dropCaches gives back what the guest's kernel read and will not read again (the initramfs's modules, the agent's own
 // file twice): a template's memory is copied and kept.

@@ -93,6 +93,7 @@ func (w *vmWall) reachHost(token *[spec.TokenLen]byte) (*dialListener, error) {
 	if err := dropCaches(); err != nil {
 		return nil, fmt.Errorf("cannot drop caches: %w", err)
 	}
+	age()
 	first, taken := adopt(dial, w.random)
 	adopted(taken)
 	l := newDialListener(dial, spec.Preface(taken))

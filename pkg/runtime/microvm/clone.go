@@ -34,7 +34,7 @@ const (
 // startFrom starts a VM the quickest way there is: as a clone where there is a template for it, else by booting it.
 func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel string) (*instance, error) {
 	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
-	if r.templates == nil || s.ImagePath == "" || spec.Joins(s.Network) {
+	if r.templates == nil || s.ImagePath == "" {
 		return b.run(ctx)
 	}
 	key, err := r.templateKey(s, g, accel)

@@ -79,8 +79,26 @@ var programs = sync.OnceValues(func() (string, error) {
 			return dir, fmt.Errorf("cannot build %s: %w: %s", pkg, err, out)
 		}
 	}
+	if os.Getenv(programsVariable) != "" {
+		return dir, busyboxImage(dir) // a host without Go has no test builds
+	}
+	for name, without := range map[string]string{agedAgent: "youth", unseededAgent: "youth,reseed"} {
+		cmd := exec.Command("go", "build", "-trimpath", "-tags=sandboxd_weaken", "-ldflags=-s -w -X github.com/sandboxd/sandboxd/pkg/weaken.built="+without,
+			"-o", filepath.Join(dir, name), "../../../cmd/sandbox-agent")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return dir, fmt.Errorf("cannot build %s: %w: %s", name, err, out)
+		}
+	}
 	return dir, busyboxImage(dir)
 })
+
+// Test builds of the agent: one whose templates are old enough for their clones to draw the same if nothing is done about it,
+// and one that does nothing about it.
+const (
+	agedAgent     = "sandbox-agent-aged"
+	unseededAgent = "sandbox-agent-unseeded"
+)
 
 // busyboxImage makes dir/image.erofs, a root with busybox alone.
 func busyboxImage(dir string) error {

@@ -159,8 +159,17 @@ func (r *Runtime) keyParts(s spec.Sandbox, g *guest, accel string) (keyParts, er
 	parts.Arguments = vmArgs{
 		Accelerator: accel, CPUs: vcpus(s.Resources.CPUMillis), MemoryBytes: guestBytes(s.Resources), Firmware: firmware(path),
 		Transport: r.templateTransport(), Image: 1, BlankDisk: true, Memory: 1, MemoryShared: true, Verbose: r.cfg.GuestConsole,
+		Tap: networkCards(s),
 	}.argv()
 	return parts, nil
+}
+
+// networkCards is how many a guest has. Which network it is in does not matter to a template: its card leads nowhere.
+func networkCards(s spec.Sandbox) int {
+	if spec.Joins(s.Network) {
+		return 1
+	}
+	return 0
 }
 
 func (r *Runtime) templateTransport() string {
@@ -211,9 +220,9 @@ type templateStore struct {
 	mu sync.Mutex
 	// Every template there is; not loaded where the template is nil. Guarded by mu, as is what follows.
 	known map[templateKey]*templateEntry
-	// Those that are wanted, and those that could not be made: they are not tried again.
+	// Those that are wanted, and when those could not be made that could not: they are not tried again for templateRetry.
 	wanted map[templateKey]bool
-	failed map[templateKey]error
+	failed map[templateKey]time.Time
 }
 
 type templateEntry struct {
@@ -231,7 +240,7 @@ func openTemplates(dir string, config TemplateConfig, log *zap.Logger) (*templat
 	config.Delay = cmp.Or(config.Delay, defaultTemplateDelay)
 	s := &templateStore{
 		dir: dir, config: config, log: log,
-		known: map[templateKey]*templateEntry{}, wanted: map[templateKey]bool{}, failed: map[templateKey]error{},
+		known: map[templateKey]*templateEntry{}, wanted: map[templateKey]bool{}, failed: map[templateKey]time.Time{},
 	}
 	if err := makePrivateDir(dir); err != nil {
 		return nil, err
@@ -361,15 +370,17 @@ func (s *templateStore) dropLocked(key templateKey) error {
 	return nil
 }
 
-// sweep drops the templates of another kernel, agent, QEMU or boot of the host: nothing will ever ask for them.
+// sweep drops the templates of another kernel, agent, QEMU or boot of the host, and of images that were removed: nothing will
+// ever ask for them.
 func (s *templateStore) sweep(environment string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, key := range s.keysLocked() {
-		if s.known[key].meta.Environment == environment {
+		meta := s.known[key].meta
+		if _, err := os.Stat(meta.Image); meta.Environment == environment && !errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		s.log.Info("a template is out of date: its kernel, agent or QEMU was replaced, or the host booted", zap.String("template", key.short()))
+		s.log.Info("a template is out of date: its kernel, agent, image or QEMU was replaced, or the host booted", zap.String("template", key.short()))
 		if err := s.dropLocked(key); err != nil {
 			return err
 		}

@@ -23,6 +23,8 @@ const (
 	migratePause   = 2 * time.Millisecond
 	// templateNice is the priority at which templates are made: somebody else's processes are waited for.
 	templateNice = 10
+	// templateRetry is how long one that could not be made is not tried again.
+	templateRetry = 5 * time.Minute
 	// stateFDName is under what name QEMU has the file of a state.
 	stateFDName = "state"
 )
@@ -43,8 +45,8 @@ func (r *Runtime) wantTemplate(key templateKey, s spec.Sandbox, g *guest, accel 
 			return
 		}
 		if err := r.makeTemplate(r.life, key, s, g, accel); err != nil && r.life.Err() == nil {
-			r.templates.fail(key, err)
-			r.cfg.Logger.Warn("cannot make a template, VMs like it are booted until sandboxd restarts", zap.String("template", key.short()), zap.Error(err))
+			r.templates.fail(key)
+			r.cfg.Logger.Warn("cannot make a template, VMs like it are booted", zap.String("template", key.short()), zap.Duration("until", templateRetry), zap.Error(err))
 		}
 	})
 }
@@ -53,7 +55,7 @@ func (r *Runtime) wantTemplate(key templateKey, s spec.Sandbox, g *guest, accel 
 func (s *templateStore) claim(key templateKey, bytes uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.wanted[key] || s.known[key] != nil || s.failed[key] != nil || bytes > s.config.MaxBytes {
+	if s.wanted[key] || s.known[key] != nil || time.Since(s.failed[key]) < templateRetry || bytes > s.config.MaxBytes {
 		return false
 	}
 	s.wanted[key] = true
@@ -66,10 +68,10 @@ func (s *templateStore) unclaim(key templateKey) {
 	delete(s.wanted, key)
 }
 
-func (s *templateStore) fail(key templateKey, err error) {
+func (s *templateStore) fail(key templateKey) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.failed[key] = err
+	s.failed[key] = time.Now()
 }
 
 // makeTemplate boots a guest like s's, takes its memory and state, and removes it.
@@ -124,7 +126,8 @@ func (r *Runtime) bootTemplate(ctx context.Context, t *template, s spec.Sandbox,
 	if _, err := rand.Read(id); err != nil {
 		return fmt.Errorf("cannot draw an id: %w", err)
 	}
-	s.ID = hex.EncodeToString(id)
+	// Nothing of the workload that it is first made for: neither its console, nor which network it is joined to.
+	s = spec.Sandbox{ID: hex.EncodeToString(id), ImagePath: s.ImagePath, Resources: templateResources(s.Resources), Network: s.Network, TemplateScope: s.TemplateScope}
 	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout, making: &making{memory: t.memory}}
 	i, err := b.run(ctx)
 	if err != nil {
@@ -141,6 +144,11 @@ func (r *Runtime) bootTemplate(ctx context.Context, t *template, s spec.Sandbox,
 		return err
 	}
 	return seal(t.state)
+}
+
+// templateResources are those that a template's guest needs: its shape, and the processors that such a guest may use.
+func templateResources(r spec.Resources) spec.Resources {
+	return spec.Resources{CPUMillis: r.CPUMillis, MemoryBytes: r.MemoryBytes, Pids: r.Pids, DiskBytes: r.DiskBytes}
 }
 
 // takeState stops the guest and has QEMU write all but its memory to state.

@@ -1,6 +1,7 @@
 package microvm
 
 import (
+	"flag"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -12,13 +13,8 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-const (
-	// clonesToCompare are as many as a machine without KVM makes within a test's time.
-	clonesToCompare = 6
-	// templateAge is how old a template must be before its clones are compared: the clones of a young one may come to
-	// differ by themselves.
-	templateAge = 10 * time.Second
-)
+// clonesToCompare are as many as a machine without KVM makes within a test's time.
+var clonesToCompare = flag.Int("clones", 6, "how many clones TestClonesDrawDifferently compares")
 
 func (b *bench) useTemplates() {
 	b.config.Templates = TemplateConfig{On: true, Delay: time.Hour}
@@ -34,12 +30,11 @@ func (b *bench) template(t *testing.T, r *Runtime, s spec.Sandbox) templateKey {
 	return templateKey(made.ID)
 }
 
-// TestClones: what is cloned from a template is a VM like any other, of which nothing random is another's.
+// TestClones: what is cloned from a template is a VM like any other, which the next daemon finds.
 func TestClones(t *testing.T) {
 	b := newBench(t)
 	b.useTemplates()
 	r := b.runtime(t)
-	made := time.Now()
 	b.template(t, r, b.sandbox())
 
 	v := b.start(t, r)
@@ -65,26 +60,60 @@ func TestClones(t *testing.T) {
 	}
 	v.client.Close()
 	b.remove(t, r, v.ID)
+}
 
-	time.Sleep(time.Until(made.Add(templateAge)))
-	seen := map[string]int{}
-	for n := range clonesToCompare {
+// TestClonesDrawDifferently: nothing random of a clone is another's, be the template as old as it likes.
+func TestClonesDrawDifferently(t *testing.T) {
+	b := newBench(t)
+	b.useTemplates()
+	b.config.Agent = filepath.Join(b.programs, agedAgent)
+	r := b.runtime(t)
+	b.template(t, r, b.sandbox())
+	if same := b.drawFromClones(t, r, *clonesToCompare, draws); len(same) > 0 {
+		t.Errorf("the same was drawn by more than one clone: %q", same)
+	}
+}
+
+// draws are what clones draw, by busybox scripts.
+var draws = []string{
+	"cat /proc/sys/kernel/random/uuid",
+	"/bin/busybox head -c 1048576 /dev/urandom | /bin/busybox sha256sum",
+	"/bin/busybox mktemp -u", // getrandom(2)
+	"cat /proc/sys/kernel/random/boot_id",
+}
+
+// drawFromClones starts clones one after another, has each draw, and answers with what more than one drew.
+func (b *bench) drawFromClones(t *testing.T, r *Runtime, clones int, scripts []string) (same []string) {
+	t.Helper()
+	seen := map[string]bool{}
+	for n := range clones {
 		v := b.start(t, r)
 		if f := v.Facts(); f.StartedFrom != startedTemplate {
 			t.Fatalf("clone %d: started from %q (%s)", n, f.StartedFrom, f.StartNote)
 		}
-		for _, script := range []string{
-			"/bin/busybox head -c 1048576 /dev/urandom | /bin/busybox sha256sum",
-			"cat /proc/sys/kernel/random/uuid", "cat /proc/sys/kernel/random/boot_id",
-		} {
+		for _, script := range scripts {
 			drawn := v.sh(t, script)
-			if before, ok := seen[drawn]; ok {
-				t.Errorf("clones %d and %d draw the same with %s: %s", before, n, script, drawn)
+			if seen[drawn] {
+				same = append(same, script+": "+drawn)
 			}
-			seen[drawn] = n
+			seen[drawn] = true
 		}
 		checkClock(t, v)
+		v.client.Close()
 		b.remove(t, r, v.ID)
+	}
+	return same
+}
+
+// TestClonesThatAreNotReseededDrawTheSame: TestClonesDrawDifferently proves nothing unless this is so.
+func TestClonesThatAreNotReseededDrawTheSame(t *testing.T) {
+	b := newBench(t)
+	b.useTemplates()
+	b.config.Agent = filepath.Join(b.programs, unseededAgent)
+	r := b.runtime(t)
+	b.template(t, r, b.sandbox())
+	if same := b.drawFromClones(t, r, 4, draws[:1]); len(same) == 0 {
+		t.Error("four clones of one template, not reseeded, drew four different numbers")
 	}
 }
 
@@ -164,10 +193,11 @@ func TestTemplateKey(t *testing.T) {
 		t.Error("the size of the writable layer changes the template, which has none")
 	}
 	for name, change := range map[string]func(*spec.Sandbox){
-		"memory": func(s *spec.Sandbox) { s.Resources.MemoryBytes *= 2 },
-		"cpus":   func(s *spec.Sandbox) { s.Resources.CPUMillis = 2000 },
-		"scope":  func(s *spec.Sandbox) { s.TemplateScope = "uid 1" },
-		"image":  func(s *spec.Sandbox) { s.ImagePath = "/proc/self/exe" },
+		"memory":       func(s *spec.Sandbox) { s.Resources.MemoryBytes *= 2 },
+		"cpus":         func(s *spec.Sandbox) { s.Resources.CPUMillis = 2000 },
+		"scope":        func(s *spec.Sandbox) { s.TemplateScope = "uid 1" },
+		"network card": func(s *spec.Sandbox) { s.Network = "front" },
+		"image":        func(s *spec.Sandbox) { s.ImagePath = "/proc/self/exe" },
 	} {
 		if key(change) == same {
 			t.Errorf("another %s, the same template", name)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -50,6 +51,10 @@ type Daemon struct {
 	Conn *grpc.ClientConn
 }
 
+// argsVariable names an environment variable with more arguments for every daemon: how the suite is run with what is off by
+// default.
+const argsVariable = "SANDBOXD_E2E_ARGS"
+
 // NewDaemon makes directories for a daemon; nothing runs yet. The run directory's path is short, since the path of a
 // socket has at most 107 bytes; the state lies on the file system of the tree, since a tmpfs can't hold an image.
 func NewDaemon(name string, args ...string) (*Daemon, error) {
@@ -72,7 +77,7 @@ func NewDaemon(name string, args ...string) (*Daemon, error) {
 		StateDir: stateDir,
 		logPath:  filepath.Join(logs, "e2e-"+name+".log"),
 		Address:  "unix://" + runDir + "/sandboxd.sock",
-		Args:     args,
+		Args:     slices.Concat(args, strings.Fields(os.Getenv(argsVariable))),
 	}
 	if err := os.RemoveAll(d.logPath); err != nil {
 		return nil, err

@@ -319,6 +319,7 @@ func listNetworkDevices(*Daemon) ([]string, error) {
 // be new there after a test, a half-made one of these included.
 var kept = regexp.MustCompile(`^disk-templates/ext4-\d+-\d+$|` + // a formatted disk of each size
 	`^audit/audit\.log(\.\d+)?$|` + // bounded by --audit-log-keep
+	`^microvm/templates(/[0-9a-f]{64}(/memory|/state|/meta\.json)?)?$|` +
 	`^microvm/(kernel|initramfs)$|^microvm/kernel/[0-9a-f]{64}(/release|/vmlinux)?$|^microvm/initramfs/[0-9a-f]{64}\.cpio$`) // of the guest kernel
 
 func listFiles(d *Daemon) ([]string, error) {
@@ -371,6 +372,9 @@ func descriptorsOf(pid int) ([]string, error) {
 		// socket:[123], pipe:[123] and net:[123]: the number is a name, not a kind.
 		if kind, _, ok := strings.Cut(target, ":["); ok && !strings.HasPrefix(target, "anon_inode") {
 			target = kind
+		}
+		if strings.HasPrefix(target, "/memfd:sandboxd-template-") {
+			continue // for as long as there is the template, of which there are few
 		}
 		count[target]++
 	}

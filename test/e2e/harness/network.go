@@ -50,7 +50,7 @@ type networkOf struct {
 }
 
 // NetworkedDaemon starts a daemon in a network namespace of its own that has the network lan.
-func NetworkedDaemon(t *testing.T) *Daemon {
+func NetworkedDaemon(t *testing.T, args ...string) *Daemon {
 	t.Helper()
 	dir := t.TempDir()
 	n := &networkOf{leases: filepath.Join(dir, "leases")}
@@ -72,7 +72,7 @@ func NetworkedDaemon(t *testing.T) *Daemon {
 	conf := filepath.Join(dir, "net.d")
 	Must(t, os.Mkdir(conf, 0o755))
 	Must(t, os.WriteFile(filepath.Join(conf, "lan.conflist"), fmt.Appendf(nil, lan, n.leases), 0o644))
-	d := MakeDaemon(t, "--cni-conf-dir", conf, "--cni-plugin-dir", cniPlugins)
+	d := MakeDaemon(t, append([]string{"--cni-conf-dir", conf, "--cni-plugin-dir", cniPlugins}, args...)...)
 	d.network = n
 	d.MustStart(t)
 	Must(t, d.Import(Busybox))

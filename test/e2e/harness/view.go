@@ -24,7 +24,9 @@ type View struct {
 		KernelRelease string
 		BootID        string `json:"bootId"`
 		HostPID       int    `json:"hostPid"`
-		Networks      []struct {
+		// Of a VM.
+		StartedFrom, StartNote string
+		Networks               []struct {
 			Name, Interface, MAC             string
 			MTU                              int
 			Addresses, Gateways, Nameservers []string

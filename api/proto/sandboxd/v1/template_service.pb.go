@@ -238,10 +238,12 @@ type BuildTemplateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in WorkloadSpec.
 	Image string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
-	// The VMs' processors and memory; the rest does not matter. Zero means the daemon's default.
+	// The VMs' processors and memory; the other limits do not matter. Zero means the daemon's default.
 	Resources *Resources `protobuf:"bytes,2,opt,name=resources,proto3" json:"resources,omitempty"`
 	// Of the workloads that it is for: they decide about its scope.
-	Labels        map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The VMs are joined to a network, whichever that is.
+	Network       bool `protobuf:"varint,4,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -295,6 +297,13 @@ func (x *BuildTemplateRequest) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *BuildTemplateRequest) GetNetwork() bool {
+	if x != nil {
+		return x.Network
+	}
+	return false
 }
 
 type BuildTemplateResponse struct {
@@ -442,12 +451,13 @@ const file_sandboxd_v1_template_service_proto_rawDesc = "" +
 	"disk_bytes\x18\xde\x02 \x01(\x04R\tdiskBytes\"\x16\n" +
 	"\x14ListTemplatesRequest\"L\n" +
 	"\x15ListTemplatesResponse\x123\n" +
-	"\ttemplates\x18\x01 \x03(\v2\x15.sandboxd.v1.TemplateR\ttemplates\"\x8a\x02\n" +
+	"\ttemplates\x18\x01 \x03(\v2\x15.sandboxd.v1.TemplateR\ttemplates\"\xa4\x02\n" +
 	"\x14BuildTemplateRequest\x12 \n" +
 	"\x05image\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x04R\x05image\x124\n" +
 	"\tresources\x18\x02 \x01(\v2\x16.sandboxd.v1.ResourcesR\tresources\x12_\n" +
-	"\x06labels\x18\x03 \x03(\v2-.sandboxd.v1.BuildTemplateRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x1a9\n" +
+	"\x06labels\x18\x03 \x03(\v2-.sandboxd.v1.BuildTemplateRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x12\x18\n" +
+	"\anetwork\x18\x04 \x01(\bR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
