@@ -74,14 +74,14 @@ func traceContainers(ctx context.Context, b *bench) error {
 	}
 	median := func(v []float64) float64 { return v[len(v)/2] }
 	slices.SortFunc(names, func(x, y string) int { return cmp.Compare(median(phases[x].starts), median(phases[y].starts)) })
-	fmt.Printf("\none life of a container, /bin/true: medians of %d\n\n%9s %9s %9s\n", b.runs, "from ms", "took ms", "90 % <")
+	fmt.Printf("\none life of a container, /bin/true: medians of %d\n\n%9s %9s %9s %9s\n", b.runs, "from ms", "took ms", "10 % <", "90 % <")
 	for _, name := range names {
 		s := phases[name]
 		indent := "    "
 		if strings.HasPrefix(name, callPhase) {
 			indent = ""
 		}
-		fmt.Printf("%9.2f %9.2f %9.2f  %s%s\n", median(s.starts), median(s.took), s.took[len(s.took)*9/10], indent, name)
+		fmt.Printf("%9.2f %9.2f %9.2f %9.2f  %s%s\n", median(s.starts), median(s.took), s.took[len(s.took)/10], s.took[len(s.took)*9/10], indent, name)
 	}
 	return nil
 }

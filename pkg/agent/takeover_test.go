@@ -56,7 +56,7 @@ func TestStageIsUndumpable(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer orders.Close()
-	if _, err := orders.WriteString(`{"copy":{"in":true,"path":"/"}}`); err != nil {
+	if _, err := orders.WriteString(`{"in":true,"path":"/"}`); err != nil {
 		t.Fatal(err)
 	}
 	status, theirs, err := os.Pipe()

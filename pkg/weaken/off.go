@@ -11,3 +11,6 @@ func Adopt(env []string) {}
 
 // Without reports whether to do without a protection. A step of a table goes by its name there.
 func Without(protection string) bool { return false }
+
+// WithoutIn is Without for one process, whose own environment may name the protection too.
+func WithoutIn(env []string, protection string) bool { return false }

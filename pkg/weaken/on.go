@@ -36,3 +36,13 @@ func Without(protection string) bool {
 	}
 	return slices.Contains(strings.Split(built, ","), protection) || slices.Contains(strings.Split(os.Getenv(Variable), ","), protection)
 }
+
+// WithoutIn is for a test build: see off.go.
+func WithoutIn(env []string, protection string) bool {
+	for _, e := range env {
+		if list, ok := strings.CutPrefix(e, Variable+"="); ok && slices.Contains(strings.Split(list, ","), protection) {
+			return true
+		}
+	}
+	return Without(protection)
+}

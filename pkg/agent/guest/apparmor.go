@@ -2,37 +2,35 @@ package guest
 
 import (
 	"fmt"
-	"os"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
 // appArmorExec is the attribute of this thread that says under which profile it executes its next program; found
-// from a stage's first working directory, as stageProgram is, and not by a name the workload could lead elsewhere.
+// from a child's first working directory, as stageProgram is, and not by a name the workload could lead elsewhere.
 const appArmorExec = "thread-self/attr/apparmor/exec"
 
 // appArmor has the kernel put the workload under its profile at execve. A kernel without AppArmor, or without the profile,
 // refuses.
-func (c *confined) appArmor() error {
+func (c *confined) appArmor(calls *childCalls) error {
 	if c.AppArmor == "" {
 		return nil
 	}
 	if strings.ContainsAny(c.AppArmor, " \n\x00") {
 		return fmt.Errorf("%q is no name of a profile", c.AppArmor)
 	}
-	fd, err := unix.Open(appArmorExec, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	file, err := calls.text(appArmorExec)
 	if err != nil {
-		return fmt.Errorf("cannot open %s: %w", appArmorExec, err)
-	}
-	f := os.NewFile(uintptr(fd), appArmorExec)
-	defer f.Close()
-	// Written to anything else the words would be lost, and the workload unconfined (CVE-2019-16884, CVE-2025-52881).
-	if err := checkFilesystem(f, unix.PROC_SUPER_MAGIC); err != nil {
 		return err
 	}
-	if err := writeOnce(f, "exec "+c.AppArmor); err != nil {
-		return fmt.Errorf("profile %s: %w", c.AppArmor, err)
-	}
+	calls.add(mustOpen, "cannot open "+appArmorExec, unix.SYS_OPENAT, atCwd, file, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	// Written to anything else the words would be lost, and the workload unconfined (CVE-2019-16884, CVE-2025-52881).
+	fs := new([unsafe.Sizeof(unix.Statfs_t{}) / 8]uint64) // its first word is f_type
+	calls.add(mustUse, "cannot examine "+appArmorExec, unix.SYS_FSTATFS, 0, address(calls, fs))
+	calls.equal(appArmorExec+" does not lie on a procfs", &fs[0], ^uint64(0), unix.PROC_SUPER_MAGIC)
+	wish := []byte("exec " + c.AppArmor)
+	calls.add(mustUse, "profile "+c.AppArmor, unix.SYS_WRITE, 0, address(calls, &wish[0]), uintptr(len(wish)))
 	return nil
 }

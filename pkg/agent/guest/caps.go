@@ -1,7 +1,6 @@
 package guest
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 
@@ -54,43 +53,34 @@ func newCapSets(c *specs.LinuxCapabilities) (capSets, error) {
 	return s, nil
 }
 
-// limitBounding takes every capability out of the calling thread's bounding set that keep has not.
-func limitBounding(keep uint64) error {
-	for n := range 64 {
-		if keep&(1<<n) != 0 {
+// lastCap is beyond every kernel's last capability: a set has 64 bits.
+const lastCap = 63
+
+// bound takes every capability out of the child's bounding set that the set does not have.
+func (s capSets) bound(calls *childCalls) {
+	for n := range lastCap + 1 {
+		if s.Bounding&(1<<n) != 0 {
 			continue
 		}
-		err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0)
-		if errors.Is(err, unix.EINVAL) && n > 0 {
-			return nil // beyond the kernel's last one
-		}
-		if err != nil {
-			return fmt.Errorf("cannot drop capability %d: %w", n, err)
+		calls.must(fmt.Sprintf("cannot drop capability %d", n), unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0)
+		if n > unix.CAP_LAST_CAP {
+			calls.list[len(calls.list)-1].pass = unix.EINVAL // this kernel may have fewer
 		}
 	}
-	return nil
 }
 
-// apply gives the calling thread exactly these sets.
-func (s capSets) apply() error {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	data := [2]unix.CapUserData{
+// apply gives the child exactly these sets.
+func (s capSets) apply(calls *childCalls) {
+	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	data := &[2]unix.CapUserData{
 		{Effective: uint32(s.Effective), Permitted: uint32(s.Permitted), Inheritable: uint32(s.Inheritable)},
 		{Effective: uint32(s.Effective >> 32), Permitted: uint32(s.Permitted >> 32), Inheritable: uint32(s.Inheritable >> 32)},
 	}
-	if err := unix.Capset(&header, &data[0]); err != nil {
-		return err
-	}
-	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
-		return fmt.Errorf("cannot clear the ambient set: %w", err)
-	}
-	for n := range 64 {
-		if s.Ambient&(1<<n) == 0 {
-			continue
-		}
-		if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(n), 0, 0); err != nil {
-			return fmt.Errorf("cannot raise ambient capability %d: %w", n, err)
+	calls.must("", unix.SYS_CAPSET, address(calls, header), address(calls, data))
+	calls.must("cannot clear the ambient set", unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+	for n := range lastCap + 1 {
+		if s.Ambient&(1<<n) != 0 {
+			calls.must(fmt.Sprintf("cannot raise ambient capability %d", n), unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(n), 0, 0)
 		}
 	}
-	return nil
 }

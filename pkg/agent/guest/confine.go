@@ -1,10 +1,12 @@
 package guest
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -15,41 +17,46 @@ import (
 // confined is a process as it shall run: everything decided by the daemon but the user, which only the image's own files
 // can say.
 type confined struct {
-	Args []string `json:"args"`
-	Env  []string `json:"env"`
-	Cwd  string   `json:"cwd"`
-	User userSpec `json:"user"`
+	Args []string
+	Env  []string
+	Cwd  string
+	User userSpec
 	// Whether descriptor 0 is a terminal that becomes the controlling one.
-	Terminal        bool     `json:"terminal,omitempty"`
-	Umask           uint32   `json:"umask"`
-	Rlimits         []rlimit `json:"rlimits,omitempty"`
-	Caps            capSets  `json:"caps"`
-	NoNewPrivileges bool     `json:"noNewPrivileges,omitempty"`
+	Terminal        bool
+	Umask           uint32
+	Rlimits         []rlimit
+	Caps            capSets
+	NoNewPrivileges bool
 	// struct sock_filter[]; empty for none.
-	Seccomp []byte `json:"seccomp,omitempty"`
+	Seccomp []byte
 	// The name of a profile that the host's kernel has loaded; empty for none.
-	AppArmor string `json:"appArmor,omitempty"`
+	AppArmor string
 
-	who    identity // set by the step that resolves the user
-	status int      // the pipe to the agent
+	stdio [3]*os.File // what become descriptors 0 to 2
+	who   identity    // set by the step that finds the user
 }
 
-// confinement is what happens between the agent's fork and the workload's first instruction, in this order, on the stage's
-// only working thread. Every step is fatal: the workload runs confined as asked or not at all. Inherited descriptors
-// were marked before, for execve to close (closeOthers), and user namespaces, cgroups and the root belong to the sandbox, not to the process.
+// confinement is what happens between the agent's fork and the workload's first instruction, in this order. Each step adds to
+// the system calls that the child makes, the only thing that it can do (childCalls); what it looks up in files is looked up by
+// the agent, just before the fork. Every step is fatal: the workload runs confined as asked or not at all. User namespaces,
+// cgroups and the root belong to the sandbox, not to the process.
 var confinement = []struct {
 	name   string
 	reason agentv1.ExecFailure_Reason
-	do     func(*confined) error
+	plan   func(*confined, *childCalls) error
 	why    string
 }{
+	{"take the streams", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).streams,
+		"descriptors 0 to 2, without close-on-exec"},
+	{"have all other descriptors closed", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).closeOthers,
+		"by execve, in which the agent's are still needed: to report (CVE-2024-21626)"},
 	{"start a session", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).session,
 		"signals of a terminal reach this process's descendants only"},
 	{"ask for the AppArmor profile", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).appArmor,
 		"taken on at execve; before the working directory is left, from where the agent's own proc is reached"},
 	{"find the user", agentv1.ExecFailure_REASON_BAD_USER, (*confined).resolve,
-		"while files that only root may read can be read"},
-	{"take the terminal", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).standardStreams,
+		"in the image's own files, with the right to read all of them"},
+	{"take the terminal", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).own,
 		"needs the session; the user must be able to reopen its own streams, so they become its"},
 	{"enter the working directory", agentv1.ExecFailure_REASON_BAD_WORKDIR, (*confined).workdir,
 		"as root, as other runtimes do; checked to be inside the root (CVE-2024-21626)"},
@@ -64,40 +71,102 @@ var confinement = []struct {
 	{"set the umask", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).mask,
 		"the agent's own is 0"},
 	{"reset signals", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).signals,
-		"what the daemon ignored must not stay ignored"},
+		"what the daemon ignored must not stay ignored, nor blocked what the fork blocked"},
 	{"forbid new privileges", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).noNewPrivileges,
 		"without it an unprivileged process may not install a filter"},
 	{"install the system call filter", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).filter,
 		"last, so that it need not allow what the steps before do"},
 }
 
-// become confines this process and turns it into the workload. It returns only if that failed.
-func (c *confined) become(status int) *stageFailure {
-	c.status = status
-	for _, step := range confinement {
-		if weaken.Without(step.name) {
+// childReady is what a child writes when everything before its last step succeeded. The pipe closes on execve, so for the
+// agent this byte and then the end of the stream mean that the workload runs; the byte and then a report, or a report alone,
+// that it does not; and nothing at all that the child died.
+const childReady = 'R'
+
+// plan are the calls that confine a child and turn it into the workload.
+func (c *confined) plan(status uintptr) (*childCalls, *stageFailure) {
+	calls := &childCalls{}
+	for i, step := range confinement {
+		if weaken.WithoutIn(c.Env, step.name) {
 			continue
 		}
-		if err := step.do(c); err != nil {
+		from := len(calls.list)
+		if err := step.plan(c, calls); err != nil {
 			var own *stageFailure
 			if errors.As(err, &own) {
-				return own
+				return nil, own
 			}
-			return &stageFailure{step.reason, fmt.Sprintf("cannot %s: %v", step.name, err)}
+			return nil, &stageFailure{step.reason, fmt.Sprintf("cannot %s: %v", step.name, err)}
+		}
+		for j := from; j < len(calls.list); j++ {
+			calls.list[j].step = i
 		}
 	}
-	if _, err := unix.Write(status, []byte{stageReady}); err != nil {
-		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot report to the agent: %v", err)}
+	ready := []byte{childReady}
+	calls.must("", unix.SYS_WRITE, status, address(calls, &ready[0]), 1)
+	calls.list[len(calls.list)-1].step = reportStep
+	if err := c.execute(calls); err != nil {
+		return nil, &stageFailure{agentv1.ExecFailure_REASON_NOT_FOUND, err.Error()}
 	}
-	return c.execute()
+	return calls, nil
 }
 
-func (c *confined) session() error {
-	_, err := unix.Setsid()
-	return err
+// Beyond the steps of confinement.
+const (
+	reportStep  = -1
+	executeStep = -2
+)
+
+// failure explains the call that failed.
+func (c *confined) failure(call *childCall, errno unix.Errno) *stageFailure {
+	switch call.step {
+	case executeStep:
+		if errno == unix.ENOTDIR && !c.named() {
+			errno = unix.ENOENT
+		}
+		return execFailure(c.Args[0], errno, c.missing())
+	case reportStep:
+		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot report to the agent: %v", errno)}
+	}
+	step := confinement[call.step]
+	why := call.what
+	if call.kind != mustEqual {
+		if why != "" {
+			why += ": "
+		}
+		why += errno.Error()
+	}
+	return &stageFailure{step.reason, fmt.Sprintf("cannot %s: %s", step.name, why)}
 }
 
-func (c *confined) resolve() (err error) {
+func (c *confined) streams(calls *childCalls) error {
+	for i, f := range c.stdio {
+		from := f.Fd()
+		if from < uintptr(len(c.stdio)) { // Go's runtime fills these at the start of every program
+			return fmt.Errorf("descriptor %d is in the way", from)
+		}
+		calls.must(fmt.Sprintf("descriptor %d", i), unix.SYS_DUP3, from, uintptr(i), 0)
+	}
+	return nil
+}
+
+func (c *confined) closeOthers(calls *childCalls) error {
+	if weaken.WithoutIn(c.Env, "close inherited descriptors") {
+		// A descriptor of something outside the root, as runc once left one.
+		here, err := calls.text(".")
+		calls.must("", unix.SYS_OPENAT, atCwd, here, unix.O_PATH)
+		return err
+	}
+	calls.must("", unix.SYS_CLOSE_RANGE, uintptr(len(c.stdio)), uintptr(^uint32(0)), unix.CLOSE_RANGE_CLOEXEC)
+	return nil
+}
+
+func (c *confined) session(calls *childCalls) error {
+	calls.must("", unix.SYS_SETSID)
+	return nil
+}
+
+func (c *confined) resolve(*childCalls) (err error) {
 	c.who, err = c.User.resolve()
 	if err != nil {
 		return err
@@ -107,107 +176,110 @@ func (c *confined) resolve() (err error) {
 			return nil
 		}
 	}
-	c.Env = append(c.Env, "HOME="+c.who.home)
+	c.Env = append(slices.Clip(c.Env), "HOME="+c.who.home)
 	return nil
 }
 
-func (c *confined) standardStreams() error {
-	for fd := range 3 {
+func (c *confined) own(calls *childCalls) error {
+	for i, f := range c.stdio {
 		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != nil {
-			return fmt.Errorf("descriptor %d: %w", fd, err)
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+			return fmt.Errorf("descriptor %d: %w", i, err)
 		}
 		// Pipes and the terminal are this process's own; /dev/null is everybody's.
 		if st.Mode&unix.S_IFMT != unix.S_IFIFO && !c.Terminal {
 			continue
 		}
-		err := unix.Fchown(fd, int(c.who.uid), -1)
+		err := unix.Fchown(int(f.Fd()), int(c.who.uid), -1)
 		if errors.Is(err, unix.EINVAL) {
 			return &stageFailure{agentv1.ExecFailure_REASON_BAD_USER,
 				fmt.Sprintf("cannot become user %d: the sandbox's range of users ends before it", c.who.uid)}
 		}
 		if err != nil {
-			return fmt.Errorf("cannot give descriptor %d to the user: %w", fd, err)
+			return fmt.Errorf("cannot give descriptor %d to the user: %w", i, err)
 		}
 	}
-	if !c.Terminal {
-		return nil
+	if c.Terminal {
+		calls.must("", unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
 	}
-	return unix.IoctlSetInt(0, unix.TIOCSCTTY, 0)
+	return nil
 }
 
-func (c *confined) workdir() error {
-	if err := unix.Chdir(c.Cwd); err != nil {
-		return fmt.Errorf("%s: %w", c.Cwd, err)
-	}
-	// The kernel says "(unreachable)/…" for a directory outside the root; Go's own Getwd would believe $PWD.
-	buf := make([]byte, unix.PathMax)
-	n, err := unix.Getcwd(buf)
+func (c *confined) workdir(calls *childCalls) error {
+	dir, err := calls.text(c.Cwd)
 	if err != nil {
-		return fmt.Errorf("%s: %w", c.Cwd, err)
+		return err
 	}
-	if (n < 1 || buf[0] != '/') && !weaken.Without("check the working directory") {
-		return fmt.Errorf("%s is outside the root", c.Cwd)
+	calls.must(c.Cwd, unix.SYS_CHDIR, dir)
+	// The kernel says "(unreachable)/…" for a directory outside the root.
+	cwd := new([unix.PathMax / 8]uint64)
+	calls.must(c.Cwd, unix.SYS_GETCWD, address(calls, cwd), unix.PathMax)
+	if !weaken.WithoutIn(c.Env, "check the working directory") {
+		slash, mask := firstByte('/'), firstByte(0xff)
+		calls.equal(c.Cwd+" is outside the root", &cwd[0], mask, slash)
 	}
 	return nil
 }
 
-func (c *confined) limits() error {
+// firstByte is a word whose first byte in memory is b, all others 0.
+func firstByte(b byte) uint64 { return binary.NativeEndian.Uint64([]byte{b, 7: 0}) }
+
+func (c *confined) limits(calls *childCalls) error {
 	for _, l := range c.Rlimits {
-		if err := unix.Prlimit(0, l.Resource, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}, nil); err != nil {
-			return fmt.Errorf("resource %d to %d, hard %d: %w", l.Resource, l.Soft, l.Hard, err)
-		}
+		calls.must(fmt.Sprintf("resource %d to %d, hard %d", l.Resource, l.Soft, l.Hard),
+			unix.SYS_PRLIMIT64, 0, uintptr(l.Resource), address(calls, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}), 0)
 	}
 	return nil
 }
 
-func (c *confined) bound() error { return limitBounding(c.Caps.Bounding) }
+func (c *confined) bound(calls *childCalls) error {
+	c.Caps.bound(calls)
+	return nil
+}
 
-func (c *confined) identify() error {
-	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("cannot keep capabilities: %w", err)
-	}
-	// Raw, because Go's own wrappers would change every thread of the stage, and this one is the only one that lives on.
-	groups := c.who.groups
-	var first unsafe.Pointer
-	if len(groups) > 0 {
-		first = unsafe.Pointer(&groups[0])
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(first), 0); errno != 0 {
-		return fmt.Errorf("cannot set groups %v: %w", groups, errno)
-	}
+func (c *confined) identify(calls *childCalls) error {
+	calls.must("cannot keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
+	groups := slices.Clone(c.who.groups) // at least the user's own
+	calls.must(fmt.Sprintf("cannot set groups %v", groups), unix.SYS_SETGROUPS, uintptr(len(groups)), address(calls, &groups[0]))
 	gid, uid := uintptr(c.who.gid), uintptr(c.who.uid)
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, gid, gid, gid); errno != 0 {
-		return fmt.Errorf("cannot set group %d: %w", gid, errno)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
-		return fmt.Errorf("cannot set user %d: %w", uid, errno)
+	calls.must(fmt.Sprintf("cannot set group %d", gid), unix.SYS_SETRESGID, gid, gid, gid)
+	calls.must(fmt.Sprintf("cannot set user %d", uid), unix.SYS_SETRESUID, uid, uid, uid)
+	return nil
+}
+
+func (c *confined) capabilities(calls *childCalls) error {
+	c.Caps.apply(calls)
+	return nil
+}
+
+func (c *confined) mask(calls *childCalls) error {
+	calls.must("", unix.SYS_UMASK, uintptr(c.Umask))
+	return nil
+}
+
+func (c *confined) signals(calls *childCalls) error {
+	resetSignals(calls)
+	return nil
+}
+
+func (c *confined) noNewPrivileges(calls *childCalls) error {
+	if c.NoNewPrivileges {
+		calls.must("", unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 	}
 	return nil
 }
 
-func (c *confined) capabilities() error { return c.Caps.apply() }
-
-func (c *confined) mask() error {
-	unix.Umask(int(c.Umask))
-	return nil
-}
-
-func (c *confined) signals() error { return resetSignals() }
-
-func (c *confined) noNewPrivileges() error {
-	if !c.NoNewPrivileges {
-		return nil
-	}
-	return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-}
-
-func (c *confined) filter() error {
+func (c *confined) filter(calls *childCalls) error {
 	if len(c.Seccomp) == 0 {
 		return nil
 	}
 	if !c.NoNewPrivileges {
 		return errors.New("a filter needs no_new_privs")
 	}
-	return installFilter(c.Seccomp, 0)
+	program, err := newFilter(c.Seccomp)
+	if err != nil {
+		return err
+	}
+	calls.must("", unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, address(calls, program))
+	return nil
 }

@@ -3,28 +3,40 @@ package guest
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/binary"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 )
 
 func TestParseStatus(t *testing.T) {
+	c := &confined{Args: []string{"x"}}
+	calls := &childCalls{list: []childCall{{step: 4}, {step: reportStep}, {step: executeStep}}}
+	report := func(call, errno uint32) string {
+		return string(binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, call), errno))
+	}
 	for said, want := range map[string]agentv1.ExecFailure_Reason{
-		"":                           agentv1.ExecFailure_REASON_CONFINEMENT, // it died
-		"R{\"reason\":1}":            agentv1.ExecFailure_REASON_NOT_FOUND,
-		"{\"reason\":3}":             agentv1.ExecFailure_REASON_BAD_USER,
-		"Rgarbage":                   agentv1.ExecFailure_REASON_CONFINEMENT,
-		"garbage":                    agentv1.ExecFailure_REASON_CONFINEMENT,
-		"{\"reason\":5,\"message\":": agentv1.ExecFailure_REASON_CONFINEMENT, // cut short
+		"":                                agentv1.ExecFailure_REASON_CONFINEMENT, // it died
+		report(0, uint32(unix.EPERM)):     agentv1.ExecFailure_REASON_BAD_USER,
+		report(1, uint32(unix.EPIPE)):     agentv1.ExecFailure_REASON_CONFINEMENT,
+		"R" + report(2, 2):                agentv1.ExecFailure_REASON_NOT_FOUND,
+		"R" + report(2, 13):               agentv1.ExecFailure_REASON_NOT_EXECUTABLE,
+		"R" + report(3, 2):                agentv1.ExecFailure_REASON_CONFINEMENT, // no such call
+		"R" + report(1<<32-1, 2):          agentv1.ExecFailure_REASON_CONFINEMENT,
+		"Rgarbage":                        agentv1.ExecFailure_REASON_CONFINEMENT,
+		"garbage":                         agentv1.ExecFailure_REASON_CONFINEMENT,
+		report(0, uint32(unix.EPERM))[1:]: agentv1.ExecFailure_REASON_CONFINEMENT, // cut short
 	} {
-		if got := parseStatus([]byte(said)); got == nil || got.Reason != want {
+		if got := c.parseStatus(calls, []byte(said)); got == nil || got.Reason != want {
 			t.Errorf("%q: %+v", said, got)
 		}
 	}
-	if got := parseStatus([]byte{stageReady}); got != nil {
+	if got := c.parseStatus(calls, []byte{childReady}); got != nil {
 		t.Errorf("a process that runs: %+v", got)
 	}
 }

@@ -58,7 +58,7 @@ func (s *Service) answer(ctx context.Context, p *process) (*agentv1.ExecResponse
 	return nil, internal("cannot start process %q: %v", p.id, err)
 }
 
-// newConfined translates the daemon's wishes into what the stage does.
+// newConfined translates the daemon's wishes into what the child does.
 func newConfined(p *specs.Process, filter []byte) (*confined, error) {
 	if len(p.Args) == 0 || p.Args[0] == "" {
 		return nil, invalid("the process has no arguments")
@@ -104,7 +104,7 @@ func (s *Service) launch(p *process, c *container, orders *confined, size *specs
 		err = streams.pipes(p, stdin)
 	}
 	if err == nil {
-		p.pid, err = s.wall.spawn(&stageSpec{Process: orders}, streams.child, p.end)
+		p.pid, err = s.wall.spawn(orders, streams.child, p.end)
 	}
 	streams.close()
 	if err != nil {

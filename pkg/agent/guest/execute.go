@@ -14,32 +14,46 @@ import (
 // fallbackPath is searched when the workload's environment has no PATH.
 const fallbackPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// execute turns the stage into the workload. A name without a slash is looked for in the workload's own PATH by trying,
-// as execvp(3) does, so that what is found and what is run can't differ. It returns only if that failed.
-func (c *confined) execute() *stageFailure {
-	name := c.Args[0]
-	if strings.Contains(name, "/") {
-		err := syscall.Exec(name, c.Args, c.Env)
-		return execFailure(name, err, "no such file, or its interpreter is missing")
+// execute turns the child into the workload. A name without a slash is looked for in the workload's own PATH by trying,
+// as execvp(3) does, so that what is found and what is run can't differ.
+func (c *confined) execute(calls *childCalls) error {
+	args, err := syscall.SlicePtrFromStrings(c.Args)
+	if err != nil {
+		return fmt.Errorf("cannot pass the arguments: %w", err)
 	}
-	denied := error(nil)
-	for _, dir := range strings.Split(searchPath(c.Env), ":") {
-		if dir == "" {
-			dir = "." // POSIX: an empty element is the working directory
+	env, err := syscall.SlicePtrFromStrings(c.Env)
+	if err != nil {
+		return fmt.Errorf("cannot pass the environment: %w", err)
+	}
+	candidates := []string{c.Args[0]}
+	if !c.named() {
+		candidates = nil
+		for dir := range strings.SplitSeq(searchPath(c.Env), ":") {
+			if dir == "" {
+				dir = "." // POSIX: an empty element is the working directory
+			}
+			candidates = append(candidates, dir+"/"+c.Args[0])
 		}
-		err := syscall.Exec(dir+"/"+name, c.Args, c.Env)
-		switch {
-		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
-		case errors.Is(err, unix.EACCES):
-			denied = err
-		default:
-			return execFailure(name, err, "")
+	}
+	for _, name := range candidates {
+		file, err := calls.text(name)
+		if err != nil {
+			return fmt.Errorf("cannot look for %q: %w", name, err)
 		}
+		calls.add(tryExecute, name, unix.SYS_EXECVE, file, address(calls, &args[0]), address(calls, &env[0])).step = executeStep
 	}
-	if denied != nil {
-		return execFailure(name, denied, "")
+	return nil
+}
+
+// named reports whether the program is given by its path and not looked for.
+func (c *confined) named() bool { return strings.Contains(c.Args[0], "/") }
+
+// missing is what it means when there is no such file.
+func (c *confined) missing() string {
+	if c.named() {
+		return "no such file, or its interpreter is missing"
 	}
-	return execFailure(name, unix.ENOENT, "not found in $PATH")
+	return "not found in $PATH"
 }
 
 func searchPath(env []string) string {

@@ -108,6 +108,9 @@ func filterSelf(filter []byte) error {
 	if len(filter) == 0 || weaken.Without("filter the agent") {
 		return nil
 	}
+	// Both on one thread: the second asks for the first, and gives it to all others.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot forbid the agent new privileges: %w", err)
 	}

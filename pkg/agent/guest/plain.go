@@ -57,8 +57,7 @@ func (*plainWall) enter(*specs.Spec, []byte) (*root, error) {
 	return r, err
 }
 
-func (w *plainWall) spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
-	c := orders.Process
+func (w *plainWall) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
 	if st, err := os.Stat(c.Cwd); err != nil || !st.IsDir() {
 		return 0, &stageFailure{agentv1.ExecFailure_REASON_BAD_WORKDIR, fmt.Sprintf("cannot enter the working directory: %s is none", c.Cwd)}
 	}

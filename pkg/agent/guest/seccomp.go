@@ -19,17 +19,25 @@ func checkFilter(filter []byte) error {
 	return nil
 }
 
-// installFilter puts a seccomp filter over the calling thread for good, with SECCOMP_FILTER_FLAG_TSYNC over every thread.
-func installFilter(filter []byte, flags uintptr) error {
+// newFilter is a filter as seccomp(2) takes it.
+func newFilter(filter []byte) (*unix.SockFprog, error) {
 	if err := checkFilter(filter); err != nil {
-		return err
+		return nil, err
 	}
 	n := len(filter) / sizeofSockFilter
 	instructions := make([]unix.SockFilter, n)
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&instructions[0])), len(filter)), filter)
-	program := unix.SockFprog{Len: uint16(n), Filter: &instructions[0]}
-	thread, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&program)))
-	runtime.KeepAlive(instructions)
+	return &unix.SockFprog{Len: uint16(n), Filter: &instructions[0]}, nil
+}
+
+// installFilter puts a seccomp filter over the calling thread for good, with SECCOMP_FILTER_FLAG_TSYNC over every thread.
+func installFilter(filter []byte, flags uintptr) error {
+	program, err := newFilter(filter)
+	if err != nil {
+		return err
+	}
+	thread, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(program)))
+	runtime.KeepAlive(program)
 	if errno != 0 {
 		return errno
 	}

@@ -14,13 +14,13 @@ import (
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 )
 
-// maxStatusBytes bounds what a stage says.
+// maxStatusBytes bounds what a child or a stage says.
 const maxStatusBytes = 16 << 10
 
-// stages forks stages: the one way a process of the workload comes into being behind a real wall.
+// stages fork: the one way a process of the workload, or a copy, comes into being behind a real wall.
 type stages struct {
 	children *children
-	// Where stages start, set before the first; nil for the agent's own.
+	// Where they start, set before the first; nil for the agent's own.
 	cgroup *os.File
 }
 
@@ -30,16 +30,27 @@ const stageProgram = "self/exe"
 
 func newStages(c *children) *stages { return &stages{children: c} }
 
-// spawn starts a stage with stdio as its descriptors 0 to 2 and waits until it has become the workload. ended is called
-// when the process has ended, also after a failure.
-func (s *stages) spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
+// spawn forks a child that confines itself and becomes the workload, with stdio as its descriptors 0 to 2, and waits until it
+// has. ended is called when the process has ended, also after a failure.
+func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
 	end := phase("process: fork")
-	pid, status, err := s.fork(orders, stdio, ended)
-	end()
+	status, theirs, err := newPipe()
 	if err != nil {
 		return 0, err
 	}
 	defer status.Close()
+	defer theirs.Close()
+	c.stdio = stdio
+	calls, failure := c.plan(theirs.Fd())
+	if failure != nil {
+		return 0, failure
+	}
+	pid, err := s.children.start(func() (int, error) { return calls.fork(s.cgroup, theirs.Fd()) }, ended)
+	end()
+	if err != nil {
+		return 0, fmt.Errorf("cannot fork: %w", err)
+	}
+	theirs.Close() // the child has its own
 	defer phase("process: confine and execute")()
 	if err := status.SetReadDeadline(time.Now().Add(stageTimeout)); err != nil {
 		return 0, err
@@ -49,16 +60,35 @@ func (s *stages) spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.Wai
 		_ = s.children.signal(pid, unix.SIGKILL)
 		return 0, &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot hear from the new process: %v", err)}
 	}
-	if failure := parseStatus(said); failure != nil {
+	if failure := c.parseStatus(calls, said); failure != nil {
 		return 0, failure
 	}
 	return pid, nil
 }
 
+// parseStatus reads what a child wrote before its pipe closed: see childReady.
+func (c *confined) parseStatus(calls *childCalls, said []byte) *stageFailure {
+	ready := len(said) > 0 && said[0] == childReady && len(said) != childReportBytes
+	if ready {
+		said = said[1:]
+	}
+	if len(said) == 0 {
+		if ready {
+			return nil
+		}
+		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, "the new process died before it was confined"}
+	}
+	call, errno, err := calls.failedCall(said)
+	if err != nil {
+		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("the new process's report can't be read: %v", err)}
+	}
+	return c.failure(call, errno)
+}
+
 // copy starts a stage that does a copy. ended is called with what it said of a failure.
 func (s *stages) copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus, string)) (int, error) {
 	heard := make(chan *os.File, 1)
-	pid, status, err := s.fork(&stageSpec{Copy: job}, stdio, func(ws unix.WaitStatus) {
+	pid, status, err := s.fork(job, stdio, func(ws unix.WaitStatus) {
 		// The stage forks nothing, so its end of the pipe is closed and this read can't wait.
 		status := <-heard
 		defer status.Close()
@@ -74,8 +104,8 @@ func (s *stages) copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatu
 	return pid, nil
 }
 
-func (s *stages) fork(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, *os.File, error) {
-	encoded, err := json.Marshal(orders)
+func (s *stages) fork(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, *os.File, error) {
+	encoded, err := json.Marshal(job)
 	if err != nil {
 		return 0, nil, fmt.Errorf("cannot encode orders: %w", err)
 	}
@@ -89,7 +119,7 @@ func (s *stages) fork(orders *stageSpec, stdio [3]*os.File, ended func(unix.Wait
 		return 0, nil, err
 	}
 	defer theirs.Close()
-	files := []uintptr{stdio[0].Fd(), stdio[1].Fd(), stdio[2].Fd(), stageSpecFD: memory.Fd(), stageStatusFD: theirs.Fd()}
+	files := []uintptr{stdio[0].Fd(), stdio[1].Fd(), stdio[2].Fd(), stageJobFD: memory.Fd(), stageStatusFD: theirs.Fd()}
 	attr := &syscall.ProcAttr{Files: files} // of an empty environment nothing can leak; a stage needs none
 	if s.cgroup != nil {
 		attr.Sys = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(s.cgroup.Fd())}
@@ -102,25 +132,6 @@ func (s *stages) fork(orders *stageSpec, stdio [3]*os.File, ended func(unix.Wait
 		return 0, nil, fmt.Errorf("cannot fork: %w", err)
 	}
 	return pid, status, nil
-}
-
-// parseStatus reads what a stage wrote before its pipe closed: see stageReady.
-func parseStatus(said []byte) *stageFailure {
-	ready := len(said) > 0 && said[0] == stageReady
-	if ready {
-		said = said[1:]
-	}
-	if len(said) == 0 {
-		if ready {
-			return nil
-		}
-		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, "the new process died before it was confined"}
-	}
-	f := &stageFailure{}
-	if err := json.Unmarshal(said, f); err != nil {
-		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, "the new process's report can't be read"}
-	}
-	return f
 }
 
 func (f *stageFailure) Error() string { return f.Message }

@@ -22,7 +22,7 @@ type wall interface {
 	enter(config *specs.Spec, filter []byte) (*root, error)
 	// spawn starts a process with stdio as its descriptors 0 to 2 and answers when it runs. An error that is a
 	// *stageFailure is the process's fault. ended is called once the process has ended.
-	spawn(orders *stageSpec, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error)
+	spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error)
 	// copy starts a copy, whose tar stream is descriptor 0 or 1.
 	copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus, string)) (int, error)
 	// signal sends a signal to a process, errEnded if it has ended.

@@ -1,0 +1,202 @@
+package guest
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"runtime"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// childCalls are what a forked child does between fork and execve: system calls in a straight line, prepared beforehand. In a
+// child of a program with threads nothing else is safe: it has one thread, and whatever lock another held at the fork is
+// held for ever, the memory allocator's included.
+type childCalls struct {
+	list []childCall
+	// What the arguments point to. The collector does not see them as pointers.
+	keep []any
+}
+
+// childCall is one of them.
+type childCall struct {
+	kind   childCallKind
+	number uintptr
+	args   [6]uintptr
+	// Of the confinement it belongs to; for who reads the report.
+	step int
+	what string
+	// A failure that is none; 0 for none.
+	pass unix.Errno
+	// Of mustEqual.
+	word       *uint64
+	mask, want uint64
+}
+
+type childCallKind uint8
+
+const (
+	// mustSucceed: any failure but pass ends the child with a report.
+	mustSucceed childCallKind = iota
+	// mustOpen is mustSucceed, and its result becomes the first argument of each mustUse after it.
+	mustOpen
+	mustUse
+	// mustEqual is no system call: word, masked, must be want.
+	mustEqual
+	// tryExecute goes on to the next call if there is no such file, or one that may not be executed.
+	tryExecute
+)
+
+// atCwd has a path be looked up from the child's working directory.
+const atCwd = ^uintptr(-unix.AT_FDCWD - 1)
+
+// A report is what a child that failed writes to its status pipe: the number of the call and of the error, each 4 bytes in
+// the machine's order. Its length is below PIPE_BUF: it comes whole.
+const childReportBytes = 8
+
+// must adds a system call that has to succeed. what says on what, where the step's name does not.
+func (c *childCalls) must(what string, number uintptr, args ...uintptr) {
+	c.add(mustSucceed, what, number, args...)
+}
+
+func (c *childCalls) add(kind childCallKind, what string, number uintptr, args ...uintptr) *childCall {
+	call := childCall{kind: kind, number: number, what: what}
+	copy(call.args[:], args)
+	c.list = append(c.list, call)
+	return &c.list[len(c.list)-1]
+}
+
+// equal adds a look at a word in memory that an earlier call filled.
+func (c *childCalls) equal(what string, word *uint64, mask, want uint64) {
+	call := c.add(mustEqual, what, 0)
+	call.word, call.mask, call.want = word, mask, want
+}
+
+// address of what p points to, kept alive as long as c is. p comes from the heap: the calls run on this goroutine's stack, and
+// that does not move between here and the fork only because p is not on it.
+func address[T any](c *childCalls, p *T) uintptr {
+	c.keep = append(c.keep, p)
+	return uintptr(unsafe.Pointer(p))
+}
+
+// text is the address of a NUL-terminated string.
+func (c *childCalls) text(s string) (uintptr, error) {
+	p, err := unix.BytePtrFromString(s)
+	if err != nil {
+		return 0, err
+	}
+	return address(c, p), nil
+}
+
+// fork forks a child that makes the calls, in a cgroup if there is one, and reports to status, which it must be able to write to.
+// It is called with the lock of children held.
+func (c *childCalls) fork(cgroup *os.File, status uintptr) (int, error) {
+	number, args := uintptr(unix.SYS_CLONE), [2]uintptr{uintptr(unix.SIGCHLD)}
+	if cgroup != nil {
+		clone := &cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: uint64(cgroup.Fd())}
+		number, args = unix.SYS_CLONE3, [2]uintptr{address(c, clone), unsafe.Sizeof(*clone)}
+	}
+	report := new([childReportBytes]byte)
+	pid, errno := forkChild(number, args[0], args[1], c.list, status, report)
+	runtime.KeepAlive(c)
+	runtime.KeepAlive(cgroup)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(pid), nil
+}
+
+// cloneArgs is struct clone_args (linux/sched.h).
+type cloneArgs struct {
+	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
+}
+
+// The runtime's own preparations for a fork: signals are blocked, so that no handler runs in the child, and a function that
+// would grow the stack ends the program.
+//
+//go:linkname beforeFork syscall.runtime_BeforeFork
+func beforeFork()
+
+//go:linkname afterFork syscall.runtime_AfterFork
+func afterFork()
+
+// forkChild is fork(2), not vfork: the child has its own memory, so that a workload that stops it, as root's may, stops nothing
+// of the agent's. The child never returns from it.
+//
+// The child must not allocate, grow the stack or call anything that may: hence nosplit all the way down, and norace.
+//
+//go:norace
+//go:noinline
+func forkChild(number, first, second uintptr, list []childCall, status uintptr, report *[childReportBytes]byte) (uintptr, unix.Errno) {
+	beforeFork()
+	pid, _, errno := syscall.RawSyscall6(number, first, second, 0, 0, 0, 0)
+	if errno != 0 || pid != 0 {
+		afterFork()
+		return pid, errno
+	}
+	runChild(list, status, report)
+	return 0, 0
+}
+
+// runChild makes the calls. It ends the process unless one of them executes a program.
+//
+//go:norace
+//go:nosplit
+func runChild(list []childCall, status uintptr, report *[childReportBytes]byte) {
+	var opened uintptr
+	var errno syscall.Errno
+	failed := -1
+	for i := range list {
+		call := &list[i]
+		if call.kind == mustEqual {
+			if *call.word&call.mask != call.want {
+				failed, errno = i, 0
+				break
+			}
+			continue
+		}
+		first := call.args[0]
+		if call.kind == mustUse {
+			first = opened
+		}
+		result, _, e := syscall.RawSyscall6(call.number, first, call.args[1], call.args[2], call.args[3], call.args[4], call.args[5])
+		if e == 0 || e == call.pass {
+			if call.kind == mustOpen {
+				opened = result
+			}
+			continue
+		}
+		if call.kind == tryExecute {
+			if failed < 0 || e != syscall.ENOENT && e != syscall.ENOTDIR {
+				failed, errno = i, e
+			}
+			// As execvp(3) does: a later directory may have it.
+			if e == syscall.ENOENT || e == syscall.ENOTDIR || e == syscall.EACCES {
+				continue
+			}
+			break
+		}
+		failed, errno = i, e
+		break
+	}
+	*(*int32)(unsafe.Pointer(&report[0])) = int32(failed)
+	*(*int32)(unsafe.Pointer(&report[4])) = int32(errno)
+	syscall.RawSyscall6(syscall.SYS_WRITE, status, uintptr(unsafe.Pointer(report)), childReportBytes, 0, 0, 0)
+	for {
+		syscall.RawSyscall6(syscall.SYS_EXIT_GROUP, stageFailedCode, 0, 0, 0, 0, 0)
+	}
+}
+
+// failedCall reads a child's report. The child is still the agent's own program when it writes it.
+func (c *childCalls) failedCall(report []byte) (*childCall, unix.Errno, error) {
+	if len(report) != childReportBytes {
+		return nil, 0, fmt.Errorf("a report of %d bytes", len(report))
+	}
+	i := int(int32(binary.NativeEndian.Uint32(report)))
+	if i < 0 || i >= len(c.list) {
+		return nil, 0, fmt.Errorf("a report of call %d", i)
+	}
+	return &c.list[i], unix.Errno(binary.NativeEndian.Uint32(report[4:])), nil
+}

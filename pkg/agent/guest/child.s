@@ -1,0 +1,1 @@
+// Empty: lets child.go declare functions of the runtime without a body.
