@@ -71,6 +71,8 @@ type Runtime struct {
 	unmounts *unmounts
 	// Sandboxes made ahead of time.
 	pool *pool
+	// Of every instance, until it has given back what it held.
+	watches sync.WaitGroup
 
 	mu        sync.Mutex
 	instances map[string]*instance // those this daemon started or attached to, until they are removed
@@ -134,6 +136,7 @@ func (r *Runtime) Close() error {
 	for _, i := range instances {
 		i.forget()
 	}
+	r.watches.Wait()
 	r.unmounts.wait()
 	r.spawner.close()
 	return errors.Join(poolErr, r.mounts.close(), r.agent.close())
@@ -205,7 +208,7 @@ func (r *Runtime) Attach(_ context.Context, id string) (runtime.Instance, error)
 		_ = pidfd.Close() // nothing was done with it
 		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
 	}
-	i := r.newInstance(rec, pidfd, group, nil, nil)
+	i := r.newInstance(rec, pidfd, group, held{})
 	r.instances[id] = i
 	return i, nil
 }
@@ -267,7 +270,7 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 		// Half a record cannot be: it is written whole. Go on with what the configuration says.
 		r.log.Warn("cannot read a sandbox's record", zap.String("sandbox", id), zap.Error(err))
 	}
-	err = timed(id, verb+"processes and cgroup", func() error { return r.end(ctx, parent, id, madeAs) })
+	err = timed(id, verb+"processes and cgroup", func() error { return r.end(ctx, verb, parent, id, madeAs) })
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
@@ -318,7 +321,7 @@ func timed(id, name string, fn func() error) error {
 }
 
 // end kills every process of a sandbox, waits until they are gone and deletes its cgroup.
-func (r *Runtime) end(ctx context.Context, parent, id, madeAs string) error {
+func (r *Runtime) end(ctx context.Context, verb, parent, id, madeAs string) error {
 	group, err := cgroup.Load(parent, madeAs)
 	if err != nil && spec.KindOf(err) != spec.KindNotFound {
 		return err
@@ -332,7 +335,7 @@ func (r *Runtime) end(ctx context.Context, parent, id, madeAs string) error {
 	// The end of PID 1 is an event to wait for; the end of a process that has no instance is polled for by Delete. The
 	// instance is known until then, so that the next try has it too.
 	if i := r.instance(id); i != nil {
-		if err := i.reap(ctx); err != nil {
+		if err := timed(id, verb+"processes end", func() error { return i.reap(ctx) }); err != nil {
 			return err
 		}
 		fault.At("container end", "reaped")
@@ -341,7 +344,7 @@ func (r *Runtime) end(ctx context.Context, parent, id, madeAs string) error {
 	if group == nil {
 		return nil
 	}
-	return group.Delete(ctx)
+	return timed(id, verb+"cgroup", func() error { return group.Delete(ctx) })
 }
 
 func (r *Runtime) instance(id string) *instance {

@@ -21,29 +21,36 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
-// instance is a running sandbox. Its watch goroutine belongs to it: it ends with the agent's process, or when forget
-// closes the pidfd.
+// instance is a running sandbox. Its watch goroutine ends after the agent's process has, or when forget closes the pidfd; the
+// runtime waits for it.
 type instance struct {
 	r  *Runtime
 	mu sync.Mutex // guards rec.PidsLimit; the rest of rec is fixed
 
-	rec     record
-	group   *cgroup.Group
-	pidfd   *os.File
-	crash   *os.File // nil after a restart of the daemon
-	image   *image   // nil after a restart of the daemon
-	done    chan struct{}
-	watched sync.WaitGroup
+	rec   record
+	group *cgroup.Group
+	pidfd *os.File
+	held  held
+	done  chan struct{}
 	// Closed when watch has ended, for either reason.
 	unwatched chan struct{}
 }
 
+// held is what the daemon keeps of a sandbox that it started itself; after a restart there is nothing of it.
+type held struct {
+	crash *os.File
+	image *image
+	// The agent's mount namespace. Taking its mounts down takes milliseconds, most of them spent waiting for other processors;
+	// whoever lets go of it last waits, and without this that is the agent, whose end everybody waits for.
+	mounts *os.File
+}
+
 var _ runtime.CleanKiller = (*instance)(nil)
 
-// newInstance watches a booted agent. It takes over pidfd, crash and the use of img.
-func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, crash *os.File, img *image) *instance {
-	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, crash: crash, image: img, done: make(chan struct{}), unwatched: make(chan struct{})}
-	i.watched.Go(i.watch)
+// newInstance watches a booted agent. It takes over pidfd and what is held.
+func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, h held) *instance {
+	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, held: h, done: make(chan struct{}), unwatched: make(chan struct{})}
+	r.watches.Go(i.watch)
 	return i
 }
 
@@ -53,21 +60,28 @@ func (i *instance) watch() {
 		// PID 1 ends last: the kernel has killed and reaped the rest of its namespace before.
 		close(i.done)
 	}
-	if i.image != nil {
-		if err := i.r.mounts.do(func() error { return i.r.mounts.leaveImage(i.image) }); err != nil {
+	h := i.held
+	if h.mounts != nil {
+		end := phase.Begin(i.rec.ID, "mounts taken down")
+		_ = h.mounts.Close() // it was not even read
+		end()
+	}
+	if h.image != nil {
+		if err := i.r.mounts.do(func() error { return i.r.mounts.leaveImage(h.image) }); err != nil {
 			i.r.log.Error("cannot unmount an image", zap.String("sandbox", i.rec.ID), zap.Error(err))
 		}
 	}
-	if i.crash != nil {
-		said := crashText(i.crash, 4096) //nolint:mnd // enough to see where a Go program died
+	if h.crash != nil {
+		said := crashText(h.crash, 4096) //nolint:mnd // enough to see where a Go program died
 		if phase.On() {
-			said = agentPhases(i.rec.ID, crashText(i.crash, crashLogSize))
+			said = agentPhases(i.rec.ID, crashText(h.crash, crashLogSize))
 		}
 		if said != "" {
 			i.r.log.Warn("agent wrote to its standard error", zap.String("sandbox", i.rec.ID), zap.ByteString("stderr", []byte(said)))
 		}
-		_ = i.crash.Close()
+		_ = h.crash.Close()
 	}
+	_ = i.pidfd.Close() // again, if forget did
 }
 
 // agentPhases moves what a tracing agent says of its phases to the trace, and answers with the rest. It is what an agent
@@ -93,7 +107,7 @@ func agentPhases(id, said string) (rest string) {
 // forget stops watching; the sandbox goes on.
 func (i *instance) forget() {
 	_ = i.pidfd.Close()
-	i.watched.Wait()
+	<-i.unwatched
 }
 
 // reap waits until the killed agent is gone.
@@ -102,7 +116,6 @@ func (i *instance) reap(ctx context.Context) error {
 		return err
 	}
 	waitReaped(ctx, i.pidfd)
-	i.forget()
 	return nil
 }
 
@@ -121,7 +134,11 @@ func (i *instance) over(ctx context.Context) bool {
 	if !ended(i.pidfd) {
 		return false
 	}
-	_ = waitClosed(ctx, i.unwatched) // over either way
+	select { // over either way
+	case <-i.done:
+	case <-i.unwatched:
+	case <-ctx.Done():
+	}
 	return true
 }
 

@@ -135,10 +135,10 @@ func listen(dir string) (*os.File, error) {
 	return s, nil
 }
 
-// userns opens the agent's user namespace.
-func (p *agentProcess) userns(ctx context.Context) (*os.File, error) {
-	const what = "cannot open the sandbox's user namespace"
-	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", p.pid))
+// namespace opens one of the agent's namespaces, named as in /proc/PID/ns. The agent was there before and after.
+func (p *agentProcess) namespace(ctx context.Context, kind string) (*os.File, error) {
+	what := "cannot open the sandbox's " + kind + " namespace"
+	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", p.pid, kind))
 	if ended(p.pidfd) { // then the number may have been another's
 		if err == nil {
 			_ = f.Close() // only looked at

@@ -292,7 +292,7 @@ func (st *start) attachLayer(ctx context.Context) error {
 }
 
 func (st *start) buildRoot(ctx context.Context) error {
-	userns, err := st.agent.userns(ctx)
+	userns, err := st.agent.namespace(ctx, "user")
 	if err != nil {
 		return err
 	}
@@ -315,16 +315,18 @@ func (st *start) introduce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if ended(st.agent.pidfd) { // then the number may have been another's
-		return st.agent.explain(ctx, "cannot identify the agent", nil)
+	mounts, err := st.agent.namespace(ctx, "mnt") // its last look: the number was the agent's
+	if err != nil {
+		return err
 	}
 	st.rec.Ready, st.rec.PID, st.rec.StartTime, st.rec.IDBase = true, st.agent.pid, started, st.base
 	if err := writeRecord(st.r.dir(st.s.ID), st.rec); err != nil {
+		_ = mounts.Close() // only looked at
 		return err
 	}
 	fault.At("container start", "known")
 	_ = st.agent.boot.Close() // the agent closed its end
-	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, st.agent.crash, st.image)
+	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, held{st.agent.crash, st.image, mounts})
 	st.agent, st.image = nil, nil // the instance's now
 	st.r.mu.Lock()
 	st.r.instances[st.s.ID] = st.instance
