@@ -82,7 +82,7 @@ func newSandbox(t testing.TB, options ...option) *sandbox {
 	if _, err := s.Configure(t.Context(), "testhost", nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.CreateContainer(t.Context(), theContainer, config, seccompDenyMkdir(), nil); err != nil {
+	if err := s.CreateContainer(t.Context(), agent.Container{ID: theContainer, Config: config, Filter: seccompDenyMkdir()}); err != nil {
 		t.Fatal(err)
 	}
 	s.base = config.Process

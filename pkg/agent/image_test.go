@@ -8,6 +8,7 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/sandboxd/sandboxd/pkg/agent"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -37,12 +38,12 @@ func TestImageLinksAreRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		chownTree(t, s.rootfs)
-		err := s.CreateContainer(t.Context(), theContainer, testConfig(), nil, nil)
+		err := s.CreateContainer(t.Context(), agent.Container{ID: theContainer, Config: testConfig()})
 		if err == nil || !strings.Contains(err.Error(), "/"+name) {
 			t.Errorf("/%s -> %s: got %v", name, target, err)
 		}
 		// What is half made is no container: nothing may run, and a second attempt does not pass for a first.
-		if err := s.CreateContainer(t.Context(), theContainer, testConfig(), nil, nil); spec.KindOf(err) != spec.KindWrongState {
+		if err := s.CreateContainer(t.Context(), agent.Container{ID: theContainer, Config: testConfig()}); spec.KindOf(err) != spec.KindWrongState {
 			t.Errorf("a second attempt: %v", err)
 		}
 		s.base = testConfig().Process
@@ -117,7 +118,7 @@ func TestConfigRefused(t *testing.T) {
 		chownTree(t, s.rootfs)
 		config := testConfig()
 		edit(config)
-		if err := s.CreateContainer(t.Context(), theContainer, config, nil, nil); err == nil {
+		if err := s.CreateContainer(t.Context(), agent.Container{ID: theContainer, Config: config}); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}

@@ -40,7 +40,7 @@ func TestPlain(t *testing.T) {
 	if _, err := s.Configure(t.Context(), "h", nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.CreateContainer(t.Context(), theContainer, config, nil, nil); err != nil {
+	if err := s.CreateContainer(t.Context(), agent.Container{ID: theContainer, Config: config}); err != nil {
 		t.Fatal(err)
 	}
 	if r := s.run(process{args: []string{"sh", "-c", "echo out; echo err >&2; exit 7"}}); r.stdout != "out\n" || r.stderr != "err\n" || r.exit.Code != 7 {

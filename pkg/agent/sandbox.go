@@ -32,6 +32,7 @@ func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network
 	var took time.Duration
 	ownClock := false
 	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+<<<<<<< HEAD
 		entropy := make([]byte, entropyBytes)
 		rand.Read(entropy) // never fails
 		began := time.Now()
@@ -50,6 +51,13 @@ func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network
 			AgentVersion: text(r.AgentVersion, maxName), KernelRelease: text(r.KernelRelease, maxName), BootID: text(r.BootId, maxName),
 		}
 		return nil
+=======
+		r, err := agent.Configure(ctx, configureRequest(hostname, joined))
+		if err == nil {
+			claims, err = configured(r)
+		}
+		return err
+>>>>>>> ddf43da (agent: configure, create and start in one call)
 	})
 	if err == nil && ownClock {
 		err = c.settleClock(ctx, took)
@@ -57,6 +65,7 @@ func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network
 	return claims, err
 }
 
+<<<<<<< HEAD
 // A guest's clock was set to the time at which that was asked for, and is behind by at most the time until the answer: much,
 // for a guest fresh from a template, whose first answers come late. So it is compared, and moved by the difference.
 const (
@@ -108,19 +117,101 @@ func (c *Client) CreateContainer(ctx context.Context, containerID string, config
 	sent := *config
 	if config.Linux != nil {
 		linux := *config.Linux
+=======
+// configureRequest is made anew for each attempt: time and entropy are fresh.
+func configureRequest(hostname string, n *agentv1.Network) *agentv1.ConfigureRequest {
+	entropy := make([]byte, entropyBytes)
+	rand.Read(entropy) // never fails
+	return &agentv1.ConfigureRequest{
+		ProtocolVersion: spec.ProtocolVersion, Hostname: hostname, Now: timestamppb.Now(), Entropy: entropy, Network: n,
+	}
+}
+
+func configured(r *agentv1.ConfigureResponse) (spec.Claims, error) {
+	if v := r.GetProtocolVersion(); v != spec.ProtocolVersion {
+		return spec.Claims{}, protocolError("version %d", v)
+	}
+	return spec.Claims{
+		AgentVersion: text(r.AgentVersion, maxName), KernelRelease: text(r.KernelRelease, maxName), BootID: text(r.BootId, maxName),
+	}, nil
+}
+
+// Container is what a sandbox is to hold.
+type Container struct {
+	ID     string
+	Config *specs.Spec
+	// What oci.CompileSeccomp made of the config's linux.seccomp, which is not sent, and, for the agent itself, what
+	// oci.CompileAgentSeccomp did.
+	Filter, AgentFilter []byte
+}
+
+func (c Container) request() (*agentv1.CreateContainerRequest, error) {
+	sent := *c.Config
+	if c.Config.Linux != nil {
+		linux := *c.Config.Linux
+>>>>>>> ddf43da (agent: configure, create and start in one call)
 		linux.Seccomp = nil
 		sent.Linux = &linux
 	}
 	encoded, err := json.Marshal(&sent)
 	if err != nil {
-		return fmt.Errorf("cannot encode the container's configuration: %w", err)
+		return nil, fmt.Errorf("cannot encode the container's configuration: %w", err)
+	}
+	return &agentv1.CreateContainerRequest{
+		ContainerId: c.ID, OciConfig: encoded, SeccompFilter: c.Filter, AgentFilter: c.AgentFilter,
+	}, nil
+}
+
+// CreateContainer has the root, mounts and masks of the container's config made.
+func (c *Client) CreateContainer(ctx context.Context, container Container) error {
+	request, err := container.request()
+	if err != nil {
+		return err
 	}
 	return c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
-		_, err := agent.CreateContainer(ctx, &agentv1.CreateContainerRequest{
-			ContainerId: containerID, OciConfig: encoded, SeccompFilter: filter, AgentFilter: own,
-		})
+		_, err := agent.CreateContainer(ctx, request)
 		return err
 	})
+}
+
+// Launch is Configure, CreateContainer and Start of the config's own process in one call, with the errors of each. After an
+// error, ctx's end included, the process may run: end the sandbox.
+func (c *Client) Launch(ctx context.Context, n *spec.Network, container Container, processID string, stdin bool) (spec.Claims, *Process, error) {
+	joined, err := networkMessage(n)
+	if err != nil {
+		return spec.Claims{}, nil, err
+	}
+	request, err := container.request()
+	if err != nil {
+		return spec.Claims{}, nil, err
+	}
+	var claims spec.Claims
+	started := c.Process(processID)
+	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		r, err := agent.Launch(ctx, &agentv1.LaunchRequest{
+			Configure: configureRequest(container.Config.Hostname, joined), Container: request, ProcessId: processID, Stdin: stdin,
+		})
+		if err != nil {
+			return err
+		}
+		if claims, err = configured(r.Configure); err != nil {
+			return err
+		}
+		started.PID, err = startedPID(r.Process)
+		return err
+	})
+	if err != nil {
+		return spec.Claims{}, nil, err
+	}
+	return claims, started, nil
+}
+
+// startedPID is the process that an agent says it has started.
+func startedPID(r *agentv1.ExecResponse) (int, error) {
+	if f := r.GetFailure(); f != nil {
+		return 0, startFailure(f)
+	}
+	return pidOf(r.GetPid())
 }
 
 // Start starts a process. An error of which spec.ReasonOf is ReasonProcessNotFound or ReasonProcessNotExecutable means 127
@@ -138,10 +229,8 @@ func (c *Client) Start(ctx context.Context, containerID, processID string, p *sp
 		if err != nil {
 			return err
 		}
-		if refused = r.Failure != nil; refused {
-			return startFailure(r.Failure)
-		}
-		started.PID, err = pidOf(r.Pid)
+		refused = r.Failure != nil
+		started.PID, err = startedPID(r)
 		return err
 	})
 	if err != nil {

@@ -140,30 +140,18 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		return nil, err
 	}
 	fault.At("start", "joined")
-	end := phase.Begin(e.id, "call: configure")
-	claims, err := r.client.Configure(ctx, config.Hostname, joined)
-	end()
-	if err != nil {
-		return nil, err
-	}
-	fault.At("start", "configured")
-	end = phase.Begin(e.id, "call: create container")
-	err = r.client.CreateContainer(ctx, containerID, config, filter, own)
-	end()
-	if err != nil {
-		return nil, err
-	}
-	fault.At("start", "container created")
 	if err := recorded(); err != nil {
 		return nil, err
 	}
 	r.stdin.synced = true
-	end = phase.Begin(e.id, "call: start process")
-	r.proc, err = r.client.Start(ctx, containerID, runProcess(rec.Run), config.Process, rec.Spec.Process.Stdin)
+	end := phase.Begin(e.id, "call: launch")
+	claims, proc, err := r.client.Launch(ctx, joined, agent.Container{ID: containerID, Config: config, Filter: filter, AgentFilter: own},
+		runProcess(rec.Run), rec.Spec.Process.Stdin)
 	end()
 	if err != nil {
 		return nil, err
 	}
+	r.proc = proc
 	fault.At("start", "process started")
 	effective, err := json.Marshal(config)
 	if err != nil {

@@ -30,6 +30,7 @@ func RunContainer() error {
 		return err
 	}
 	unix.Umask(0) // modes are said in full
+	go warmUp()   // ends by itself
 	root, listener, err := receiveBoot(bootFD)
 	if err != nil {
 		return errors.Join(err, answerBoot(bootFD, err))

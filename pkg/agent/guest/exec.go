@@ -16,28 +16,32 @@ const defaultUmask = 0o022
 
 // Exec implements agentv1.AgentServiceService.
 func (s *Service) Exec(ctx context.Context, r *agentv1.ExecRequest) (*agentv1.ExecResponse, error) {
-	if err := checkID(r.ProcessId); err != nil {
-		return nil, err
-	}
-	c, err := s.find(r.ContainerId)
-	if err != nil {
-		return nil, err
-	}
 	config := &specs.Process{}
 	if err := decodeConfig(r.OciProcess, config); err != nil {
+		return nil, err
+	}
+	return s.exec(ctx, r.ContainerId, r.ProcessId, config, r.Stdin)
+}
+
+func (s *Service) exec(ctx context.Context, containerID, processID string, config *specs.Process, stdin bool) (*agentv1.ExecResponse, error) {
+	if err := checkID(processID); err != nil {
+		return nil, err
+	}
+	c, err := s.find(containerID)
+	if err != nil {
 		return nil, err
 	}
 	orders, err := newConfined(config, c.filter)
 	if err != nil {
 		return nil, err
 	}
-	p, isNew, err := s.processes.add(r.ProcessId)
+	p, isNew, err := s.processes.add(processID)
 	if err != nil {
 		return nil, err
 	}
 	if isNew {
 		// Not bound to ctx: a start that is under way when the connection is lost goes on, and the daemon asks again.
-		p.started.set(s.launch(p, c, orders, config.ConsoleSize, r.Stdin))
+		p.started.set(s.launch(p, c, orders, config.ConsoleSize, stdin))
 	}
 	return s.answer(ctx, p)
 }

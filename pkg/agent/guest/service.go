@@ -115,6 +115,14 @@ func (s *Service) AdjustClock(_ context.Context, r *agentv1.AdjustClockRequest) 
 
 // CreateContainer implements agentv1.AgentServiceService.
 func (s *Service) CreateContainer(_ context.Context, r *agentv1.CreateContainerRequest) (*agentv1.CreateContainerResponse, error) {
+	if _, err := s.createContainer(r); err != nil {
+		return nil, err
+	}
+	return &agentv1.CreateContainerResponse{}, nil
+}
+
+// createContainer answers with the decoded config.
+func (s *Service) createContainer(r *agentv1.CreateContainerRequest) (*specs.Spec, error) {
 	if err := checkID(r.ContainerId); err != nil {
 		return nil, err
 	}
@@ -136,7 +144,7 @@ func (s *Service) CreateContainer(_ context.Context, r *agentv1.CreateContainerR
 	case s.broken != nil:
 		return nil, wrongState("the container could not be created before: %v", s.broken)
 	case s.container != nil && s.container.id == r.ContainerId:
-		return &agentv1.CreateContainerResponse{}, nil // repeated after a lost connection
+		return config, nil // repeated after a lost connection
 	case s.container != nil:
 		return nil, wrongState("the sandbox has a container already")
 	}
@@ -146,7 +154,7 @@ func (s *Service) CreateContainer(_ context.Context, r *agentv1.CreateContainerR
 		return nil, internal("cannot create the container: %v", err)
 	}
 	s.container = &container{id: r.ContainerId, filter: r.SeccompFilter, root: root}
-	return &agentv1.CreateContainerResponse{}, nil
+	return config, nil
 }
 
 // find answers with the container of that id.

@@ -490,10 +490,10 @@ func TestStandardErrorIsBounded(t *testing.T) {
 	if !ok {
 		t.Fatal("not an instance")
 	}
-	if err := inst.crash.Truncate(1 << 30); err == nil {
+	if err := inst.held.crash.Truncate(1 << 30); err == nil {
 		t.Error("the file can grow")
 	}
-	if _, err := inst.crash.WriteAt([]byte("x"), crashLogSize); err == nil {
+	if _, err := inst.held.crash.WriteAt([]byte("x"), crashLogSize); err == nil {
 		t.Error("the file can be written past its end")
 	}
 	mustRemove(t, r, s.ID)

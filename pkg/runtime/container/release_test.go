@@ -108,7 +108,7 @@ func TestReleaseFinishesEveryTeardown(t *testing.T) {
 
 // endOnly is the part of a teardown that ends the processes.
 func endOnly(t *testing.T, r *Runtime, id string) error {
-	return r.end(t.Context(), r.config.CgroupParent, id, id)
+	return r.end(t.Context(), "", r.config.CgroupParent, id, id)
 }
 
 // reapLater reaps what a daemon's end left to this process, when the test is over.
@@ -126,7 +126,7 @@ func TestFailedTeardownKeepsTheInstance(t *testing.T) {
 	defer delete(r.instances, id) // it has nothing to give back
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := r.end(ctx, h.config.CgroupParent, id, id); !errors.Is(err, context.Canceled) {
+	if err := r.end(ctx, "", h.config.CgroupParent, id, id); !errors.Is(err, context.Canceled) {
 		t.Errorf("the end of a process that does not end = %v", err)
 	}
 	if r.instance(id) != stuck {

@@ -311,7 +311,7 @@ func (v *vm) configure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := v.client.CreateContainer(ctx, v.ID, config, filter, own); err != nil {
+	if err := v.client.CreateContainer(ctx, agent.Container{ID: v.ID, Config: config, Filter: filter, AgentFilter: own}); err != nil {
 		t.Fatal(err)
 	}
 }

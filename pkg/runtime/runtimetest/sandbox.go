@@ -83,7 +83,7 @@ func (s *sandbox) create() error {
 	if err != nil {
 		return err
 	}
-	return s.agent.CreateContainer(s.ctx, containerID, config, filter, own)
+	return s.agent.CreateContainer(s.ctx, agent.Container{ID: containerID, Config: config, Filter: filter, AgentFilter: own})
 }
 
 // connect makes a client, closed at the scenario's end.

@@ -860,6 +860,128 @@ func (x *ExecResponse) GetFailure() *ExecFailure {
 	return nil
 }
 
+type LaunchRequest struct {
+	state     protoimpl.MessageState  `protogen:"open.v1"`
+	Configure *ConfigureRequest       `protobuf:"bytes,1,opt,name=configure,proto3" json:"configure,omitempty"`
+	Container *CreateContainerRequest `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"`
+	// The process is the config's own.
+	ProcessId string `protobuf:"bytes,3,opt,name=process_id,json=processId,proto3" json:"process_id,omitempty"`
+	// As in ExecRequest.
+	Stdin         bool `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LaunchRequest) Reset() {
+	*x = LaunchRequest{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LaunchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LaunchRequest) ProtoMessage() {}
+
+func (x *LaunchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LaunchRequest.ProtoReflect.Descriptor instead.
+func (*LaunchRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *LaunchRequest) GetConfigure() *ConfigureRequest {
+	if x != nil {
+		return x.Configure
+	}
+	return nil
+}
+
+func (x *LaunchRequest) GetContainer() *CreateContainerRequest {
+	if x != nil {
+		return x.Container
+	}
+	return nil
+}
+
+func (x *LaunchRequest) GetProcessId() string {
+	if x != nil {
+		return x.ProcessId
+	}
+	return ""
+}
+
+func (x *LaunchRequest) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+type LaunchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Configure     *ConfigureResponse     `protobuf:"bytes,1,opt,name=configure,proto3" json:"configure,omitempty"`
+	Process       *ExecResponse          `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LaunchResponse) Reset() {
+	*x = LaunchResponse{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LaunchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LaunchResponse) ProtoMessage() {}
+
+func (x *LaunchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LaunchResponse.ProtoReflect.Descriptor instead.
+func (*LaunchResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *LaunchResponse) GetConfigure() *ConfigureResponse {
+	if x != nil {
+		return x.Configure
+	}
+	return nil
+}
+
+func (x *LaunchResponse) GetProcess() *ExecResponse {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
 type ExecFailure struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reason        ExecFailure_Reason     `protobuf:"varint,1,opt,name=reason,proto3,enum=sandboxd.agent.v1.ExecFailure_Reason" json:"reason,omitempty"`
@@ -2086,7 +2208,16 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x05stdin\x18\x04 \x01(\bR\x05stdin\"Z\n" +
 	"\fExecResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x128\n" +
-	"\afailure\x18\x02 \x01(\v2\x1e.sandboxd.agent.v1.ExecFailureR\afailure\"\xff\x01\n" +
+	"\afailure\x18\x02 \x01(\v2\x1e.sandboxd.agent.v1.ExecFailureR\afailure\"\xd0\x01\n" +
+	"\rLaunchRequest\x12A\n" +
+	"\tconfigure\x18\x01 \x01(\v2#.sandboxd.agent.v1.ConfigureRequestR\tconfigure\x12G\n" +
+	"\tcontainer\x18\x02 \x01(\v2).sandboxd.agent.v1.CreateContainerRequestR\tcontainer\x12\x1d\n" +
+	"\n" +
+	"process_id\x18\x03 \x01(\tR\tprocessId\x12\x14\n" +
+	"\x05stdin\x18\x04 \x01(\bR\x05stdin\"\x8f\x01\n" +
+	"\x0eLaunchResponse\x12B\n" +
+	"\tconfigure\x18\x01 \x01(\v2$.sandboxd.agent.v1.ConfigureResponseR\tconfigure\x129\n" +
+	"\aprocess\x18\x02 \x01(\v2\x1f.sandboxd.agent.v1.ExecResponseR\aprocess\"\xff\x01\n" +
 	"\vExecFailure\x12=\n" +
 	"\x06reason\x18\x01 \x01(\x0e2%.sandboxd.agent.v1.ExecFailure.ReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x96\x01\n" +
@@ -2176,12 +2307,17 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
+<<<<<<< HEAD
 	"\rSTREAM_STDERR\x10\x022\x9f\t\n" +
+=======
+	"\rSTREAM_STDERR\x10\x022\x90\t\n" +
+>>>>>>> ddf43da (agent: configure, create and start in one call)
 	"\fAgentService\x12V\n" +
 	"\tConfigure\x12#.sandboxd.agent.v1.ConfigureRequest\x1a$.sandboxd.agent.v1.ConfigureResponse\x12\\\n" +
 	"\vAdjustClock\x12%.sandboxd.agent.v1.AdjustClockRequest\x1a&.sandboxd.agent.v1.AdjustClockResponse\x12h\n" +
 	"\x0fCreateContainer\x12).sandboxd.agent.v1.CreateContainerRequest\x1a*.sandboxd.agent.v1.CreateContainerResponse\x12G\n" +
-	"\x04Exec\x12\x1e.sandboxd.agent.v1.ExecRequest\x1a\x1f.sandboxd.agent.v1.ExecResponse\x12Y\n" +
+	"\x04Exec\x12\x1e.sandboxd.agent.v1.ExecRequest\x1a\x1f.sandboxd.agent.v1.ExecResponse\x12M\n" +
+	"\x06Launch\x12 .sandboxd.agent.v1.LaunchRequest\x1a!.sandboxd.agent.v1.LaunchResponse\x12Y\n" +
 	"\n" +
 	"ReadOutput\x12$.sandboxd.agent.v1.ReadOutputRequest\x1a%.sandboxd.agent.v1.ReadOutputResponse\x12Y\n" +
 	"\n" +
@@ -2217,12 +2353,21 @@ var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(*Network)(nil),                 // 4: sandboxd.agent.v1.Network
 	(*Route)(nil),                   // 5: sandboxd.agent.v1.Route
 	(*ConfigureResponse)(nil),       // 6: sandboxd.agent.v1.ConfigureResponse
+<<<<<<< HEAD
 	(*AdjustClockRequest)(nil),      // 7: sandboxd.agent.v1.AdjustClockRequest
 	(*AdjustClockResponse)(nil),     // 8: sandboxd.agent.v1.AdjustClockResponse
 	(*CreateContainerRequest)(nil),  // 9: sandboxd.agent.v1.CreateContainerRequest
 	(*CreateContainerResponse)(nil), // 10: sandboxd.agent.v1.CreateContainerResponse
 	(*ExecRequest)(nil),             // 11: sandboxd.agent.v1.ExecRequest
 	(*ExecResponse)(nil),            // 12: sandboxd.agent.v1.ExecResponse
+=======
+	(*CreateContainerRequest)(nil),  // 7: sandboxd.agent.v1.CreateContainerRequest
+	(*CreateContainerResponse)(nil), // 8: sandboxd.agent.v1.CreateContainerResponse
+	(*ExecRequest)(nil),             // 9: sandboxd.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 10: sandboxd.agent.v1.ExecResponse
+	(*LaunchRequest)(nil),           // 11: sandboxd.agent.v1.LaunchRequest
+	(*LaunchResponse)(nil),          // 12: sandboxd.agent.v1.LaunchResponse
+>>>>>>> ddf43da (agent: configure, create and start in one call)
 	(*ExecFailure)(nil),             // 13: sandboxd.agent.v1.ExecFailure
 	(*Chunk)(nil),                   // 14: sandboxd.agent.v1.Chunk
 	(*ReadOutputRequest)(nil),       // 15: sandboxd.agent.v1.ReadOutputRequest
@@ -2251,6 +2396,7 @@ var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
 	35, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
 	4,  // 1: sandboxd.agent.v1.ConfigureRequest.network:type_name -> sandboxd.agent.v1.Network
 	5,  // 2: sandboxd.agent.v1.Network.routes:type_name -> sandboxd.agent.v1.Route
+<<<<<<< HEAD
 	35, // 3: sandboxd.agent.v1.AdjustClockResponse.now:type_name -> google.protobuf.Timestamp
 	13, // 4: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
 	1,  // 5: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
@@ -2292,6 +2438,52 @@ var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
+=======
+	13, // 3: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
+	3,  // 4: sandboxd.agent.v1.LaunchRequest.configure:type_name -> sandboxd.agent.v1.ConfigureRequest
+	7,  // 5: sandboxd.agent.v1.LaunchRequest.container:type_name -> sandboxd.agent.v1.CreateContainerRequest
+	6,  // 6: sandboxd.agent.v1.LaunchResponse.configure:type_name -> sandboxd.agent.v1.ConfigureResponse
+	10, // 7: sandboxd.agent.v1.LaunchResponse.process:type_name -> sandboxd.agent.v1.ExecResponse
+	1,  // 8: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
+	0,  // 9: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
+	35, // 10: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
+	14, // 11: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
+	35, // 12: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
+	2,  // 13: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
+	3,  // 14: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
+	7,  // 15: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
+	9,  // 16: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
+	11, // 17: sandboxd.agent.v1.AgentService.Launch:input_type -> sandboxd.agent.v1.LaunchRequest
+	15, // 18: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
+	17, // 19: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
+	19, // 20: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
+	21, // 21: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
+	23, // 22: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
+	25, // 23: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
+	27, // 24: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
+	29, // 25: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
+	31, // 26: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
+	33, // 27: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
+	6,  // 28: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
+	8,  // 29: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
+	10, // 30: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
+	12, // 31: sandboxd.agent.v1.AgentService.Launch:output_type -> sandboxd.agent.v1.LaunchResponse
+	16, // 32: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
+	18, // 33: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
+	20, // 34: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
+	22, // 35: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
+	24, // 36: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
+	26, // 37: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
+	28, // 38: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
+	30, // 39: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
+	32, // 40: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
+	34, // 41: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
+	28, // [28:42] is the sub-list for method output_type
+	14, // [14:28] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
+>>>>>>> ddf43da (agent: configure, create and start in one call)
 }
 
 func init() { file_sandboxd_agent_v1_agent_proto_init() }
