@@ -32,32 +32,14 @@ func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network
 	var took time.Duration
 	ownClock := false
 	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
-<<<<<<< HEAD
-		entropy := make([]byte, entropyBytes)
-		rand.Read(entropy) // never fails
 		began := time.Now()
-		r, err := agent.Configure(ctx, &agentv1.ConfigureRequest{
-			ProtocolVersion: spec.ProtocolVersion, Hostname: hostname, Now: timestamppb.Now(), Entropy: entropy,
-			Network: joined,
-		})
+		r, err := agent.Configure(ctx, configureRequest(hostname, joined))
 		if err != nil {
 			return err
 		}
 		took, ownClock = time.Since(began), r.OwnClock
-		if r.ProtocolVersion != spec.ProtocolVersion {
-			return protocolError("version %d", r.ProtocolVersion)
-		}
-		claims = spec.Claims{
-			AgentVersion: text(r.AgentVersion, maxName), KernelRelease: text(r.KernelRelease, maxName), BootID: text(r.BootId, maxName),
-		}
-		return nil
-=======
-		r, err := agent.Configure(ctx, configureRequest(hostname, joined))
-		if err == nil {
-			claims, err = configured(r)
-		}
+		claims, err = configured(r)
 		return err
->>>>>>> ddf43da (agent: configure, create and start in one call)
 	})
 	if err == nil && ownClock {
 		err = c.settleClock(ctx, took)
@@ -65,7 +47,6 @@ func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network
 	return claims, err
 }
 
-<<<<<<< HEAD
 // A guest's clock was set to the time at which that was asked for, and is behind by at most the time until the answer: much,
 // for a guest fresh from a template, whose first answers come late. So it is compared, and moved by the difference.
 const (
@@ -111,13 +92,6 @@ func (c *Client) adjustClock(ctx context.Context, by time.Duration) (ahead, took
 	return ahead, took, err
 }
 
-// CreateContainer has the root, mounts and masks of config made. filter is what oci.CompileSeccomp made of its
-// linux.seccomp, which is not sent; own, for the agent itself, what oci.CompileAgentSeccomp did.
-func (c *Client) CreateContainer(ctx context.Context, containerID string, config *specs.Spec, filter, own []byte) error {
-	sent := *config
-	if config.Linux != nil {
-		linux := *config.Linux
-=======
 // configureRequest is made anew for each attempt: time and entropy are fresh.
 func configureRequest(hostname string, n *agentv1.Network) *agentv1.ConfigureRequest {
 	entropy := make([]byte, entropyBytes)
@@ -149,7 +123,6 @@ func (c Container) request() (*agentv1.CreateContainerRequest, error) {
 	sent := *c.Config
 	if c.Config.Linux != nil {
 		linux := *c.Config.Linux
->>>>>>> ddf43da (agent: configure, create and start in one call)
 		linux.Seccomp = nil
 		sent.Linux = &linux
 	}
@@ -172,38 +145,6 @@ func (c *Client) CreateContainer(ctx context.Context, container Container) error
 		_, err := agent.CreateContainer(ctx, request)
 		return err
 	})
-}
-
-// Launch is Configure, CreateContainer and Start of the config's own process in one call, with the errors of each. After an
-// error, ctx's end included, the process may run: end the sandbox.
-func (c *Client) Launch(ctx context.Context, n *spec.Network, container Container, processID string, stdin bool) (spec.Claims, *Process, error) {
-	joined, err := networkMessage(n)
-	if err != nil {
-		return spec.Claims{}, nil, err
-	}
-	request, err := container.request()
-	if err != nil {
-		return spec.Claims{}, nil, err
-	}
-	var claims spec.Claims
-	started := c.Process(processID)
-	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
-		r, err := agent.Launch(ctx, &agentv1.LaunchRequest{
-			Configure: configureRequest(container.Config.Hostname, joined), Container: request, ProcessId: processID, Stdin: stdin,
-		})
-		if err != nil {
-			return err
-		}
-		if claims, err = configured(r.Configure); err != nil {
-			return err
-		}
-		started.PID, err = startedPID(r.Process)
-		return err
-	})
-	if err != nil {
-		return spec.Claims{}, nil, err
-	}
-	return claims, started, nil
 }
 
 // startedPID is the process that an agent says it has started.

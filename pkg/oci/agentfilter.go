@@ -22,17 +22,16 @@ type agentCall struct {
 // newNamespaces are clone(2)'s flags for namespaces: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 const newNamespaces = 0x7e020000
 
-// agentCalls are what the agent and its stages (the programs between fork and the workload's first instruction) are written
-// to call, and what TestAgentWorksUnderANarrowProfile shows to be enough for starts, execs, terminals, copies both ways,
-// signals and shutdown. A stage inherits the agent's filter, so what it does is here too.
+// agentCalls are what the agent, its children before they are the workload, and its stages (which copy) are written to call, and what TestAgentWorksUnderANarrowProfile shows to be enough for starts, execs, terminals, copies both ways,
+// signals and shutdown. They inherit the agent's filter, so what they do is here too.
 var agentCalls = []agentCall{
 	{names: []string{"mmap", "munmap", "mprotect", "madvise", "mincore", "brk", "futex", "sched_yield", "sched_getaffinity", "nanosleep", "clock_nanosleep",
 		"clock_gettime", "getpid", "gettid", "tgkill", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "arch_prctl",
 		"getrandom", "uname", "exit", "exit_group", "epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "eventfd2", "set_tid_address", "set_robust_list", "rseq"},
 		reason: "Go's memory, threads, signals and poller"},
 	{names: []string{"clone"}, args: []specs.LinuxSeccompArg{{Index: 0, Value: newNamespaces, ValueTwo: 0, Op: specs.OpMaskedEqual}},
-		reason: "threads, and stages; never a namespace"},
-	{names: []string{"clone3"}, guest: true, reason: "a stage in the workload's cgroup from its first instruction; no filter can see its flags"},
+		reason: "threads, and children; never a namespace"},
+	{names: []string{"clone3"}, guest: true, reason: "a child in the workload's cgroup from its first instruction; no filter can see its flags"},
 	{names: []string{"read", "write", "readv", "writev", "pread64", "pwrite64", "lseek", "close", "fcntl", "fstat", "newfstatat", "statx", "fstatfs", "openat", "openat2", "getdents64",
 		"readlinkat", "readlink", "pipe2", "dup3", "memfd_create", "ioctl", "ftruncate", "fallocate"},
 		reason: "streams, terminals, /proc, orders for stages"},
@@ -41,9 +40,9 @@ var agentCalls = []agentCall{
 	{names: []string{"socket"}, args: []specs.LinuxSeccompArg{{Index: 0, Value: unix.AF_VSOCK, Op: specs.OpEqualTo}}, guest: true,
 		reason: "a guest's agent dials the daemon"},
 	{names: []string{"connect", "bind"}, guest: true, reason: "the same"},
-	{names: []string{"execve", "wait4", "waitid", "kill"}, reason: "stages, and every process of the sandbox"},
+	{names: []string{"execve", "wait4", "waitid", "kill"}, reason: "children, stages, and every process of the sandbox"},
 	{names: []string{"setsid", "chdir", "fchdir", "getcwd", "prlimit64", "prctl", "setgroups", "setresgid", "setresuid", "capget", "capset", "umask", "seccomp", "close_range"},
-		reason: "a stage's confinement"},
+		reason: "a child's confinement"},
 	{names: []string{"mkdirat", "mknodat", "linkat", "symlinkat", "unlinkat", "renameat", "renameat2", "fchmod", "fchmodat", "fchown", "fchownat", "utimensat",
 		"getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr", "setxattr", "lsetxattr", "fsetxattr",
 		"copy_file_range", "splice", "sendfile"},

@@ -33,6 +33,14 @@ type Runtime interface {
 	List(ctx context.Context) ([]string, error)
 }
 
+// Launcher is a Runtime that can tell an agent what to run as it boots.
+type Launcher interface {
+	// Launch is Start, and has the agent do what message says (an encoded agentv1.Launch) before it serves. message is called
+	// once the facts are known, before anything runs; if it fails so does the start. The answer (an encoded
+	// agentv1.LaunchResult) comes from inside: it is bounded, and a claim.
+	Launch(ctx context.Context, s spec.Sandbox, message func(Facts) ([]byte, error)) (Instance, []byte, error)
+}
+
 // Instance is a booted sandbox seen from the host. What it says is a fact.
 type Instance interface {
 	// Dial connects to the agent, until Done is closed; afterwards ErrNotRunning. It may be called again when a

@@ -5,12 +5,18 @@ package spec
 // ContainerBoot is the one message a container's agent reads from its boot socket (descriptor 3, SOCK_SEQPACKET). With
 // it come descriptors by SCM_RIGHTS, in this order: the detached root mount, the listening Unix stream socket the
 // agent serves on. The agent answers with a BootResult, closes the socket and serves. It attaches the root only when
-// CreateContainer says how.
+// CreateContainer, by itself or in a Launch, says how.
 type ContainerBoot struct {
 	Version int `json:"version"` // ProtocolVersion
 	// Trace has the agent write its phases to standard error, a PhasePrefix before each, for measuring.
 	Trace bool `json:"trace,omitempty"`
+	// An agentv1.Launch that the agent is to do before it answers; empty for none.
+	Launch []byte `json:"launch,omitempty"`
 }
+
+// MaxLaunchBytes bounds a Launch, and what is answered to it: in base64 either fits into a message of a Unix socket, with room
+// to spare.
+const MaxLaunchBytes = 64 << 10
 
 // PhasePrefix begins a line of an agent that traces: then come, parted by blanks, when the phase began and how long it took
 // (nanoseconds, the start of CLOCK_MONOTONIC), and its name.
@@ -20,6 +26,8 @@ const PhasePrefix = "phase "
 type BootResult struct {
 	// Empty on success.
 	Error string `json:"error,omitempty"`
+	// An agentv1.LaunchResult, if there was a Launch. By then the workload's process runs: a claim.
+	Launched []byte `json:"launched,omitempty"`
 }
 
 // VMBoot is the file /boot.json of a guest's initramfs, mode 0400, made anew for each boot.

@@ -3,6 +3,7 @@ package workload
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -99,7 +100,7 @@ func (e *entry) start(ctx context.Context) error {
 	// The walls go up meanwhile: they do not outlive the host. The process may leave its mark on the world, and must not have
 	// run unbeknownst.
 	recorded := e.syncBeside()
-	r, err := e.build(ctx, img, config, filter, own, recorded)
+	r, err := e.build(ctx, img, agent.Container{ID: containerID, Config: config, Filter: filter, AgentFilter: own}, recorded)
 	if err == nil {
 		m := e.m
 		m.owned.Go(func() { e.supervise(r) })
@@ -109,7 +110,7 @@ func (e *entry) start(ctx context.Context) error {
 }
 
 // build raises the walls and starts the process. After an error the caller takes down what stands.
-func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, filter, own []byte, recorded func() error) (_ *run, err error) {
+func (e *entry) build(ctx context.Context, img image.Image, container agent.Container, recorded func() error) (_ *run, err error) {
 	rec, _, _ := e.peek()
 	if rec.Run > 1 {
 		// What an earlier life left, if its end could not take everything down.
@@ -118,15 +119,15 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		}
 		fault.At("start", "earlier sandbox taken down")
 	}
-	inst, err := e.runtime().Start(ctx, spec.Sandbox{
+	launch := agent.Launch{Container: container, ProcessID: runProcess(rec.Run), Stdin: rec.Spec.Process.Stdin}
+	inst, launched, err := e.raise(ctx, spec.Sandbox{
 		ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath(),
 		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels),
-	})
+	}, launch, recorded)
 	if err != nil {
 		return nil, err
 	}
 	fault.At("start", "sandbox stands")
-	fromFacts(config, inst.Facts())
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	defer func() {
 		if err != nil {
@@ -135,25 +136,19 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		}
 	}()
 	e.setRun(r)
-	joined, err := e.join(ctx, inst, rec.Spec.Network)
-	if err != nil {
-		return nil, err
-	}
-	fault.At("start", "joined")
-	if err := recorded(); err != nil {
-		return nil, err
-	}
 	r.stdin.synced = true
-	end := phase.Begin(e.id, "call: launch")
-	claims, proc, err := r.client.Launch(ctx, joined, agent.Container{ID: containerID, Config: config, Filter: filter, AgentFilter: own},
-		runProcess(rec.Run), rec.Spec.Process.Stdin)
-	end()
+	var claims spec.Claims
+	var joined *spec.Network
+	if launched != nil {
+		claims, r.proc, err = r.client.Launched(launch, launched)
+	} else {
+		claims, joined, err = e.begin(ctx, r, launch, recorded)
+	}
 	if err != nil {
 		return nil, err
 	}
-	r.proc = proc
 	fault.At("start", "process started")
-	effective, err := json.Marshal(config)
+	effective, err := json.Marshal(container.Config)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the OCI config: %w", err)
 	}
@@ -166,6 +161,59 @@ func (e *entry) build(ctx context.Context, img image.Image, config *specs.Spec, 
 		}
 		r.Status.StartedAt = time.Now().UTC()
 	})
+}
+
+// raise raises the walls. Where it can it has the process launched with them: then it answers with what the agent said of that.
+func (e *entry) raise(ctx context.Context, s spec.Sandbox, l agent.Launch, recorded func() error) (runtime.Instance, []byte, error) {
+	launcher, can := e.runtime().(runtime.Launcher)
+	if !can || spec.Joins(s.Network) { // networks are joined once the walls stand
+		inst, err := e.runtime().Start(ctx, s)
+		return inst, nil, err
+	}
+	return launcher.Launch(ctx, s, func(f runtime.Facts) ([]byte, error) {
+		fromFacts(l.Container.Config, f)
+		message, err := l.Encode()
+		if errors.Is(err, agent.ErrTooLarge) {
+			return nil, nil // it is told call by call
+		}
+		if err == nil {
+			err = recorded()
+		}
+		return message, err
+	})
+}
+
+// begin joins the network and has the agent start the process, call by call.
+func (e *entry) begin(ctx context.Context, r *run, l agent.Launch, recorded func() error) (spec.Claims, *spec.Network, error) {
+	rec, _, _ := e.peek()
+	config := l.Container.Config
+	fromFacts(config, r.inst.Facts())
+	joined, err := e.join(ctx, r.inst, rec.Spec.Network)
+	if err != nil {
+		return spec.Claims{}, nil, err
+	}
+	fault.At("start", "joined")
+	end := phase.Begin(e.id, "call: configure")
+	claims, err := r.client.Configure(ctx, config.Hostname, joined)
+	end()
+	if err != nil {
+		return spec.Claims{}, nil, err
+	}
+	fault.At("start", "configured")
+	end = phase.Begin(e.id, "call: create container")
+	err = r.client.CreateContainer(ctx, l.Container)
+	end()
+	if err != nil {
+		return spec.Claims{}, nil, err
+	}
+	fault.At("start", "container created")
+	if err := recorded(); err != nil {
+		return spec.Claims{}, nil, err
+	}
+	end = phase.Begin(e.id, "call: start process")
+	r.proc, err = r.client.Start(ctx, l.Container.ID, l.ProcessID, config.Process, l.Stdin)
+	end()
+	return claims, joined, err
 }
 
 // fromFacts puts into config what only the runtime knows: the AppArmor profile, and which ids of the host the sandbox has.

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stageThreads is how many threads there may be on top of the processes the workload may have: a stage is a Go program until
-// it becomes the workload, and a limit of one would start nothing. A container's cgroup allows for the same.
+// stageThreads is how many threads there may be on top of the processes the workload may have: a copy is a Go program,
+// and a child is one more until it is the workload. A container's cgroup allows for the same.
 const stageThreads = 16
 
 // workloadCgroup makes the cgroup of a guest's workload and answers with its directory, nil if the config limits nothing

@@ -110,7 +110,11 @@ func (c *childCalls) fork(cgroup *os.File, status uintptr) (int, error) {
 
 // cloneArgs is struct clone_args (linux/sched.h).
 type cloneArgs struct {
-	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
+	flags      uint64
+	_          [3]uint64 // pidfd, child_tid, parent_tid
+	exitSignal uint64
+	_          [5]uint64 // stack, stack_size, tls, set_tid, set_tid_size
+	cgroup     uint64
 }
 
 // The runtime's own preparations for a fork: signals are blocked, so that no handler runs in the child, and a function that

@@ -19,7 +19,7 @@ const (
 	// bootFD is the boot socket's descriptor: see spec.ContainerBoot.
 	bootFD = 3
 	// maxBootMessage bounds the boot message.
-	maxBootMessage = 64 << 10
+	maxBootMessage = 128 << 10
 	// bootDescriptors is how many come with it: the root and the listener.
 	bootDescriptors = 2
 )
@@ -31,65 +31,74 @@ func RunContainer() error {
 	}
 	unix.Umask(0) // modes are said in full
 	go warmUp()   // ends by itself
-	root, listener, err := receiveBoot(bootFD)
+	boot, root, listener, err := receiveBoot(bootFD)
 	if err != nil {
-		return errors.Join(err, answerBoot(bootFD, err))
+		return errors.Join(err, answerBoot(bootFD, spec.BootResult{Error: err.Error()}))
 	}
 	notePhase("from the first instruction to the boot message", began)
 	w := &containerWall{pidOne: newPidOne(), source: root}
-	if err := answerBoot(bootFD, nil); err != nil {
+	return serveAsPidOne(newService(w), w.pidOne, listener, func(s *Service) error {
+		if len(boot.Launch) == 0 {
+			return answerBoot(bootFD, spec.BootResult{})
+		}
+		err := answerBoot(bootFD, spec.BootResult{Launched: s.launchAtBoot(boot.Launch)})
+		if errors.Is(err, unix.EPIPE) {
+			return nil // of a daemon that died meanwhile: its successor will ask
+		}
 		return err
-	}
-	return serveAsPidOne(newService(w), w.pidOne, listener)
+	})
 }
 
-// serveAsPidOne serves and reaps until the daemon ends the sandbox.
-func serveAsPidOne(s *Service, w pidOne, l net.Listener) error {
+// serveAsPidOne does what comes first, then serves and reaps until the daemon ends the sandbox.
+func serveAsPidOne(s *Service, w pidOne, l net.Listener, first func(*Service) error) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	reaped := make(chan struct{})
 	go func() {
 		defer close(reaped)
 		w.run(ctx)
 	}()
-	err := s.Serve(ctx, l)
+	err := first(s)
+	if err == nil {
+		err = s.Serve(ctx, l)
+	}
 	cancel()
 	<-reaped
 	return err
 }
 
 // receiveBoot reads the one message of the boot socket and the descriptors that come with it.
-func receiveBoot(fd int) (root *os.File, l net.Listener, err error) {
+func receiveBoot(fd int) (boot *spec.ContainerBoot, root *os.File, l net.Listener, err error) {
 	message := make([]byte, maxBootMessage)
 	control := make([]byte, unix.CmsgSpace(bootDescriptors*4))
 	n, controlLen, _, _, err := unix.Recvmsg(fd, message, control, unix.MSG_CMSG_CLOEXEC)
 	if err != nil {
-		return nil, nil, fmt.Errorf("cannot read the boot message: %w", err)
+		return nil, nil, nil, fmt.Errorf("cannot read the boot message: %w", err)
 	}
-	var boot spec.ContainerBoot
-	if err := json.Unmarshal(message[:n], &boot); err != nil {
-		return nil, nil, fmt.Errorf("cannot decode the boot message: %w", err)
+	boot = &spec.ContainerBoot{}
+	if err := json.Unmarshal(message[:n], boot); err != nil {
+		return nil, nil, nil, fmt.Errorf("cannot decode the boot message: %w", err)
 	}
 	tracing = boot.Trace
 	if boot.Version != spec.ProtocolVersion {
-		return nil, nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+		return nil, nil, nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
 	}
 	fds, err := passedDescriptors(control[:controlLen])
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	if len(fds) != bootDescriptors {
-		return nil, nil, fmt.Errorf("cannot boot with %d descriptors, not %d", len(fds), bootDescriptors)
+		return nil, nil, nil, fmt.Errorf("cannot boot with %d descriptors, not %d", len(fds), bootDescriptors)
 	}
 	socket := os.NewFile(uintptr(fds[1]), "listener")
 	defer socket.Close() // FileListener has its own
 	l, err = net.FileListener(socket)
 	if err != nil {
-		return nil, nil, fmt.Errorf("cannot use the listening socket: %w", err)
+		return nil, nil, nil, fmt.Errorf("cannot use the listening socket: %w", err)
 	}
 	if unixListener, ok := l.(*net.UnixListener); ok {
 		unixListener.SetUnlinkOnClose(false) // its name is the runtime's, and not in this root
 	}
-	return os.NewFile(uintptr(fds[0]), "/"), l, nil
+	return boot, os.NewFile(uintptr(fds[0]), "/"), l, nil
 }
 
 func passedDescriptors(control []byte) ([]int, error) {
@@ -109,19 +118,16 @@ func passedDescriptors(control []byte) ([]int, error) {
 }
 
 // answerBoot tells the runtime how the boot went and closes the socket.
-func answerBoot(fd int, failure error) error {
-	var result spec.BootResult
-	if failure != nil {
-		result.Error = failure.Error()
-	}
+func answerBoot(fd int, result spec.BootResult) error {
 	b, err := json.Marshal(result)
 	if err != nil {
 		return err
 	}
-	if _, err := unix.Write(fd, b); err != nil {
-		return fmt.Errorf("cannot answer the runtime: %w", err)
+	_, err = unix.Write(fd, b)
+	if err != nil {
+		err = fmt.Errorf("cannot answer the runtime: %w", err)
 	}
-	return unix.Close(fd)
+	return errors.Join(err, unix.Close(fd))
 }
 
 // containerWall is the agent's place in namespaces of the host's kernel.

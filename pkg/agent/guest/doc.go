@@ -5,8 +5,9 @@
 //
 //   - RunContainer: PID 1 of a set of namespaces, given its root and its listening socket by the container runtime.
 //   - RunVM: PID 1 of a guest kernel, dialling the daemon over vsock.
-//   - RunStage: the child between the agent's fork and the workload's execve. It confines itself (confine.go) and turns
-//     into the workload, or does a copy.
+//   - RunStage: a copy of a tree, in or out.
+//
+// A process of the workload is a fork of the agent, which confines itself (confine.go) by system calls alone (child.go).
 //
 // Lock order: Service.mu, process.mu, children.mu. ring.mu and input.mu are leaves.
 package guest

@@ -13,15 +13,15 @@ import (
 )
 
 // needed are the capabilities that a container's agent keeps once the container stands, beside the workload's own. Each is what
-// it, or a stage, does for the workload; all others it gives up on every thread, and under no_new_privs (filterSelf) no stage
+// it, or a child of its, does for the workload; all others it gives up on every thread, and under no_new_privs (filterSelf) none
 // has them again.
 var needed = []struct {
 	number uintptr
 	reason string
 }{
-	{unix.CAP_SETUID, "a stage becomes the user"},
-	{unix.CAP_SETGID, "a stage becomes the user"},
-	{unix.CAP_SETPCAP, "a stage limits the bounding set"},
+	{unix.CAP_SETUID, "a child becomes the user"},
+	{unix.CAP_SETGID, "a child becomes the user"},
+	{unix.CAP_SETPCAP, "a child limits the bounding set"},
 	{unix.CAP_KILL, "signals reach every user's processes"},
 	{unix.CAP_CHOWN, "streams are given to the user; copies keep owners"},
 	{unix.CAP_FOWNER, "copies keep modes and times"},

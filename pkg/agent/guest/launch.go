@@ -4,33 +4,48 @@ import (
 	"context"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 )
 
-// Launch implements agentv1.AgentServiceService. Whatever of it was done before a connection was lost is not done again when it
-// is repeated.
-func (s *Service) Launch(ctx context.Context, r *agentv1.LaunchRequest) (*agentv1.LaunchResponse, error) {
-	if r.Configure == nil || r.Container == nil {
-		return nil, invalid("a launch needs a configuration and a container")
+// launchAtBoot does what a boot message says and encodes how it went.
+func (s *Service) launchAtBoot(encoded []byte) []byte {
+	result, err := s.doLaunch(encoded)
+	if err != nil {
+		refusal := status.Convert(err)
+		result = &agentv1.LaunchResult{Code: uint32(refusal.Code()), Message: refusal.Message()}
 	}
-	configured, err := s.Configure(ctx, r.Configure)
+	b, err := proto.Marshal(result)
+	if err != nil {
+		return nil // the daemon sees a result without a process
+	}
+	return b
+}
+
+func (s *Service) doLaunch(encoded []byte) (*agentv1.LaunchResult, error) {
+	l := &agentv1.Launch{Configure: &agentv1.ConfigureRequest{}, Container: &agentv1.CreateContainerRequest{}}
+	if err := proto.Unmarshal(encoded, l); err != nil {
+		return nil, invalid("cannot decode what to launch: %v", err)
+	}
+	ctx := context.Background() // nothing of it waits for the daemon
+	configured, err := s.Configure(ctx, l.Configure)
 	if err != nil {
 		return nil, err
 	}
-	config, err := s.createContainer(r.Container)
+	config, err := s.createContainer(l.Container)
 	if err != nil {
 		return nil, err
 	}
 	if config.Process == nil {
 		return nil, invalid("the container has no process")
 	}
-	process, err := s.exec(ctx, r.Container.ContainerId, r.ProcessId, config.Process, r.Stdin)
+	process, err := s.exec(ctx, l.Container.ContainerId, l.ProcessId, config.Process, l.Stdin)
 	if err != nil {
 		return nil, err
 	}
-	return &agentv1.LaunchResponse{Configure: configured, Process: process}, nil
+	return &agentv1.LaunchResult{Configure: configured, Process: process}, nil
 }
 
 // warmUp has the decoders of JSON and protobuf look at the types that a launch will bring, which takes them longer than the
@@ -38,12 +53,12 @@ func (s *Service) Launch(ctx context.Context, r *agentv1.LaunchRequest) (*agentv
 func warmUp() {
 	defer phase("warm up")()
 	_ = decodeConfig([]byte("{}"), &specs.Spec{})
-	sample := &agentv1.LaunchRequest{
+	sample := &agentv1.Launch{
 		Configure: &agentv1.ConfigureRequest{Hostname: "h"},
 		Container: &agentv1.CreateContainerRequest{ContainerId: "c"},
 	}
 	if b, err := proto.Marshal(sample); err == nil {
 		_ = proto.Unmarshal(b, sample)
 	}
-	_, _ = proto.Marshal(&agentv1.LaunchResponse{Configure: &agentv1.ConfigureResponse{AgentVersion: "v"}, Process: &agentv1.ExecResponse{Pid: 1}})
+	_, _ = proto.Marshal(&agentv1.LaunchResult{Configure: &agentv1.ConfigureResponse{AgentVersion: "v"}, Process: &agentv1.ExecResponse{Pid: 1}})
 }

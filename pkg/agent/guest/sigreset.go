@@ -8,8 +8,9 @@ import (
 
 // kernelSigaction is struct sigaction as rt_sigaction(2) takes it on architectures with SA_RESTORER (amd64, arm64).
 type kernelSigaction struct {
-	handler, flags, restorer uintptr
-	mask                     uint64
+	handler uintptr
+	_       [2]uintptr // flags, restorer
+	_       uint64     // mask
 }
 
 const (

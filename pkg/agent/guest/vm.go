@@ -73,7 +73,7 @@ func runVM() error {
 	if err != nil {
 		return err
 	}
-	err = serveAsPidOne(newService(w), w.pidOne, listener)
+	err = serveAsPidOne(newService(w), w.pidOne, listener, func(*Service) error { return nil })
 	return errors.Join(err, w.settleDisk())
 }
 

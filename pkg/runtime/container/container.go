@@ -33,8 +33,8 @@ const (
 	destroyTimeout = 30 * time.Second
 	// minMemory is what the agent needs to serve at all.
 	minMemory = 16 << 20
-	// agentPids is how many threads the agent may have on top of what the workload may: a Go program has a handful, and one
-	// more for each thread it confines a process on. One limit bounds both, and the kernel does not care who reaches it: a
+	// agentPids is how many threads the agent may have on top of what the workload may: a Go program has a handful, and so has
+	// each copy. One limit bounds both, and the kernel does not care who reaches it: a
 	// workload that forks until it cannot takes these too. Then nothing can be started in its sandbox until it ends some of its
 	// processes, the agent may end for want of a thread, and the sandbox with it; ending it from outside always works.
 	agentPids = 32

@@ -475,6 +475,7 @@ func TestImageMountIsSharedAndGivenBack(t *testing.T) {
 	waitDone(t, a)
 	want(t, b, "cat /etc/motd", "from the image")
 	mustRemove(t, r, h.sandbox(2).ID)
+	r.watches.Wait() // a moment after the removal
 	if n := mounted(); n != 0 {
 		t.Errorf("%d images stay mounted", n)
 	}

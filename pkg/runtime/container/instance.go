@@ -192,6 +192,4 @@ func (i *instance) Usage() (spec.Usage, error) {
 	return u, nil
 }
 
-func (i *instance) Facts() runtime.Facts {
-	return runtime.Facts{HostPID: i.rec.PID, AgentTransport: "unix", IDBase: i.rec.IDBase, AppArmorProfile: i.rec.AppArmor}
-}
+func (i *instance) Facts() runtime.Facts { return i.rec.facts() }

@@ -18,6 +18,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -225,24 +226,25 @@ func (p *pool) close() error {
 }
 
 // finish makes a sandbox of one that waited, by the steps that are left. errTaken: nothing was done.
-func (r *Runtime) finish(ctx context.Context, st *start, s spec.Sandbox, img *os.File) (*instance, error) {
+func (r *Runtime) finish(ctx context.Context, st *start, s spec.Sandbox, img *os.File, message func(runtime.Facts) ([]byte, error)) error {
 	if err := st.become(s, img); err != nil {
 		if errors.Is(err, errTaken) {
 			r.pool.discard(st)
-			return nil, err
+			return err
 		}
-		return nil, errors.Join(&stepError{"record", fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)}, st.undo(ctx))
+		return errors.Join(&stepError{"record", fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)}, st.undo(ctx))
 	}
 	defer st.close()
+	st.launch = message
 	for _, step := range steps {
 		if step.ahead {
 			continue
 		}
 		if err := st.do(ctx, step); err != nil {
-			return nil, errors.Join(err, st.undo(ctx))
+			return errors.Join(err, st.undo(ctx))
 		}
 	}
-	return st.instance, nil
+	return nil
 }
 
 // become gives what waited the sandbox's id and limits. The record names the cgroup and the ids from the first instant on, and

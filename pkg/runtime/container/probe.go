@@ -92,7 +92,7 @@ func (r *Runtime) probe(ctx context.Context) (string, error) {
 	}
 	r.hide(s.ID, true)
 	defer r.hide(s.ID, false)
-	_, err = r.start(ctx, s, image)
+	_, err = r.start(ctx, s, image, nil)
 	var failed *stepError
 	if errors.As(err, &failed) {
 		return failed.step, err

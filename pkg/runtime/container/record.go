@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/runtime"
 )
 
 const (
@@ -101,4 +103,9 @@ func newDir(dir string) error {
 		return fmt.Errorf("%s exists already: %w", dir, err)
 	}
 	return err
+}
+
+// facts are what is known of a sandbox that was recorded.
+func (r record) facts() runtime.Facts {
+	return runtime.Facts{HostPID: r.PID, AgentTransport: "unix", IDBase: r.IDBase, AppArmorProfile: r.AppArmor}
 }

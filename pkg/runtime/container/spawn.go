@@ -23,8 +23,13 @@ const (
 	// bootTimeout bounds how long an agent may take from its first instruction to its answer; it takes milliseconds, and
 	// seconds on a host that is out of memory.
 	bootTimeout = 20 * time.Second
-	// maxBootResult bounds the agent's answer.
-	maxBootResult = 4096
+	// launchTimeout is bootTimeout where the agent is to start the workload before it answers, which may have to wait for files
+	// of the image on a slow disk.
+	launchTimeout = 2 * time.Minute
+	// maxBootResult bounds the agent's answer: base64 of spec.MaxLaunchBytes, and the rest.
+	maxBootResult = 2 * spec.MaxLaunchBytes
+	// smallBootResult is maxBootResult where nothing is launched.
+	smallBootResult = 4096
 	// crashLogSize is how much of an agent's standard error is kept: the head of a Go crash.
 	crashLogSize = 64 << 10
 	// backlog of the agent's socket: connections of the daemon that it has not accepted yet.
@@ -151,32 +156,39 @@ func (p *agentProcess) namespace(ctx context.Context, kind string) (*os.File, er
 	return f, nil
 }
 
-// introduce tells the agent its sandbox and waits for its answer.
-func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File) error {
-	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+// introduce tells the agent its sandbox, and what to launch in it, if anything; it answers with what the agent says of that.
+func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File, launch []byte) ([]byte, error) {
+	limit, size := bootTimeout, smallBootResult
+	if launch != nil {
+		limit, size = launchTimeout, maxBootResult
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = p.boot.SetDeadline(time.Unix(1, 0)) }) // wakes both calls below
 	defer stop()
-	msg, err := json.Marshal(spec.ContainerBoot{Version: spec.ProtocolVersion, Trace: phase.On()})
+	msg, err := json.Marshal(spec.ContainerBoot{Version: spec.ProtocolVersion, Trace: phase.On(), Launch: launch})
 	if err != nil {
-		return fmt.Errorf("cannot encode the boot message: %w", err)
+		return nil, fmt.Errorf("cannot encode the boot message: %w", err)
 	}
 	if _, _, err := p.boot.WriteMsgUnix(msg, unix.UnixRights(int(root.Fd()), int(listener.Fd())), nil); err != nil {
-		return p.explain(ctx, "cannot send the boot message", err)
+		return nil, p.explain(ctx, "cannot send the boot message", err)
 	}
-	buf := make([]byte, maxBootResult)
+	buf := make([]byte, size)
 	n, err := p.boot.Read(buf)
 	if err != nil || n == 0 {
-		return p.explain(ctx, "cannot read the agent's answer", err)
+		return nil, p.explain(ctx, "cannot read the agent's answer", err)
 	}
 	var result spec.BootResult
 	if err := json.Unmarshal(buf[:n], &result); err != nil {
-		return p.explain(ctx, "cannot decode the agent's answer", err)
+		return nil, p.explain(ctx, "cannot decode the agent's answer", err)
 	}
 	if result.Error != "" {
-		return p.explain(ctx, "agent refused its sandbox", errors.New(result.Error))
+		return nil, p.explain(ctx, "agent refused its sandbox", errors.New(result.Error))
 	}
-	return nil
+	if launch != nil && len(result.Launched) == 0 {
+		return nil, p.explain(ctx, "agent was told what to launch", errors.New("it says nothing of that"))
+	}
+	return result.Launched, nil
 }
 
 // explain adds what the agent left on its standard error, and the reason when time was up.

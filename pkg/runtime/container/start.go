@@ -51,8 +51,11 @@ type start struct {
 	layer    *os.File // a mount of the writable layer, attached nowhere
 	fresh    bool     // the layer was made by this start
 	root     *os.File
-	image    *image
+	held     held
 
+	// What the agent is to launch as it boots, nil for nothing, and what it said of that.
+	launch   func(runtime.Facts) ([]byte, error)
+	launched []byte
 	instance *instance
 
 	beside chan error // of a step that runs beside the others
@@ -105,28 +108,35 @@ func (e *stepError) Unwrap() error { return e.err }
 
 // Start makes a sandbox and waits until its agent serves. A writable layer left by an earlier start of the same id is used.
 func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, error) {
+	i, _, err := r.Launch(ctx, s, nil)
+	return i, err
+}
+
+// Launch implements runtime.Launcher. A nil message launches nothing.
+func (r *Runtime) Launch(ctx context.Context, s spec.Sandbox, message func(runtime.Facts) ([]byte, error)) (runtime.Instance, []byte, error) {
 	if err := validate(s); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	img, err := openImage(s.ImagePath)
 	if err != nil {
-		return nil, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)
+		return nil, nil, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)
 	}
 	defer img.Close() //nolint:errcheck // only read; the mount has its own reference
-	i, err := r.start(ctx, s, img)
+	st, err := r.start(ctx, s, img, message)
 	if err != nil {
-		return nil, err // not i: a nil *instance is no nil Instance
+		return nil, nil, err
 	}
-	return i, nil
+	return st.instance, st.launched, nil
 }
 
-func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File) (*instance, error) {
+// start answers with the finished start.
+func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File, message func(runtime.Facts) ([]byte, error)) (*start, error) {
 	r.pool.note()
 	defer r.pool.note()
 	if st := r.pool.take(s); st != nil {
-		i, err := r.finish(ctx, st, s, img)
+		err := r.finish(ctx, st, s, img, message)
 		if !errors.Is(err, errTaken) {
-			return i, err
+			return st, err
 		}
 	}
 	// Outside of the steps: what exists already is not this start's to undo.
@@ -137,14 +147,14 @@ func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File) (*ins
 		return nil, fmt.Errorf("cannot start sandbox %s: %w", s.ID, err)
 	}
 	fault.At("container start", "directory made")
-	st := &start{r: r, s: s, madeAs: s.ID, imageFile: img}
+	st := &start{r: r, s: s, madeAs: s.ID, imageFile: img, launch: message}
 	defer st.close()
 	for _, step := range steps {
 		if err := st.do(ctx, step); err != nil {
 			return nil, errors.Join(err, st.undo(ctx))
 		}
 	}
-	return st.instance, nil
+	return st, nil
 }
 
 // do runs one step, or begins it if it runs beside others. Its error says which step failed.
@@ -198,15 +208,15 @@ func (st *start) undo(ctx context.Context) error {
 
 // close gives back what only the making needed. After success the instance has the rest.
 func (st *start) close() {
-	for _, f := range []**os.File{&st.listener, &st.layer, &st.root} {
+	for _, f := range []**os.File{&st.listener, &st.layer, &st.root, &st.held.mounts} {
 		if *f != nil {
 			_ = (*f).Close() // the agent has its own copies
 			*f = nil
 		}
 	}
-	if st.image != nil {
-		_ = st.r.mounts.do(func() error { return st.r.mounts.leaveImage(st.image) }) // of a start that failed: its error counts
-		st.image = nil
+	if st.held.image != nil {
+		_ = st.r.mounts.do(func() error { return st.r.mounts.leaveImage(st.held.image) }) // of a start that failed: its error counts
+		st.held.image = nil
 	}
 }
 
@@ -298,20 +308,20 @@ func (st *start) buildRoot(ctx context.Context) error {
 	}
 	defer userns.Close() //nolint:errcheck // only looked at
 	return st.r.mounts.do(func() (err error) {
-		st.root, st.image, err = st.r.mounts.build(rootfs{
+		st.root, st.held.image, err = st.r.mounts.build(rootfs{
 			id: st.s.ID, image: st.imageFile, layer: st.layer, userns: userns, base: st.base,
 		})
 		return err
 	})
 }
 
-// introduce gives the agent its root and its socket, and the sandbox its record.
+// introduce gives the sandbox its record, and the agent its root, its socket and what to launch. In this order: a daemon that
+// comes after this one asks whom the record names whether the workload runs.
 func (st *start) introduce(ctx context.Context) error {
-	if err := st.agent.introduce(ctx, st.root, st.listener); err != nil {
-		return err
-	}
-	fault.At("container start", "agent has its root")
 	started, err := processStartTime(st.agent.pid)
+	if errors.Is(err, errProcessGone) {
+		return st.agent.explain(ctx, "cannot identify the agent", nil)
+	}
 	if err != nil {
 		return err
 	}
@@ -319,15 +329,26 @@ func (st *start) introduce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	st.held.mounts = mounts
 	st.rec.Ready, st.rec.PID, st.rec.StartTime, st.rec.IDBase = true, st.agent.pid, started, st.base
 	if err := writeRecord(st.r.dir(st.s.ID), st.rec); err != nil {
-		_ = mounts.Close() // only looked at
 		return err
 	}
 	fault.At("container start", "known")
+	var launch []byte
+	if st.launch != nil {
+		if launch, err = st.launch(st.rec.facts()); err != nil {
+			return err
+		}
+	}
+	if st.launched, err = st.agent.introduce(ctx, st.root, st.listener, launch); err != nil {
+		return err
+	}
+	fault.At("container start", "agent has its root")
 	_ = st.agent.boot.Close() // the agent closed its end
-	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, held{st.agent.crash, st.image, mounts})
-	st.agent, st.image = nil, nil // the instance's now
+	st.held.crash = st.agent.crash
+	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, st.held)
+	st.agent, st.held = nil, held{} // the instance's now
 	st.r.mu.Lock()
 	st.r.instances[st.s.ID] = st.instance
 	st.r.mu.Unlock()

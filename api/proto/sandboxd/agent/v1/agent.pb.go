@@ -140,7 +140,7 @@ func (x ExecFailure_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ExecFailure_Reason.Descriptor instead.
 func (ExecFailure_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12, 0}
 }
 
 type CopyRequest_Direction int32
@@ -191,7 +191,7 @@ func (x CopyRequest_Direction) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CopyRequest_Direction.Descriptor instead.
 func (CopyRequest_Direction) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26, 0}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{28, 0}
 }
 
 type ConfigureRequest struct {
@@ -860,33 +860,34 @@ func (x *ExecResponse) GetFailure() *ExecFailure {
 	return nil
 }
 
-type LaunchRequest struct {
+// What a container's agent may be told with its boot message: to do Configure, CreateContainer and Exec of the config's own
+// process before it serves, each as if called by itself. It spares the start three round trips.
+type Launch struct {
 	state     protoimpl.MessageState  `protogen:"open.v1"`
 	Configure *ConfigureRequest       `protobuf:"bytes,1,opt,name=configure,proto3" json:"configure,omitempty"`
 	Container *CreateContainerRequest `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"`
-	// The process is the config's own.
-	ProcessId string `protobuf:"bytes,3,opt,name=process_id,json=processId,proto3" json:"process_id,omitempty"`
+	ProcessId string                  `protobuf:"bytes,3,opt,name=process_id,json=processId,proto3" json:"process_id,omitempty"`
 	// As in ExecRequest.
 	Stdin         bool `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *LaunchRequest) Reset() {
-	*x = LaunchRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+func (x *Launch) Reset() {
+	*x = Launch{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *LaunchRequest) String() string {
+func (x *Launch) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*LaunchRequest) ProtoMessage() {}
+func (*Launch) ProtoMessage() {}
 
-func (x *LaunchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[8]
+func (x *Launch) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -897,62 +898,65 @@ func (x *LaunchRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use LaunchRequest.ProtoReflect.Descriptor instead.
-func (*LaunchRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+// Deprecated: Use Launch.ProtoReflect.Descriptor instead.
+func (*Launch) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
-func (x *LaunchRequest) GetConfigure() *ConfigureRequest {
+func (x *Launch) GetConfigure() *ConfigureRequest {
 	if x != nil {
 		return x.Configure
 	}
 	return nil
 }
 
-func (x *LaunchRequest) GetContainer() *CreateContainerRequest {
+func (x *Launch) GetContainer() *CreateContainerRequest {
 	if x != nil {
 		return x.Container
 	}
 	return nil
 }
 
-func (x *LaunchRequest) GetProcessId() string {
+func (x *Launch) GetProcessId() string {
 	if x != nil {
 		return x.ProcessId
 	}
 	return ""
 }
 
-func (x *LaunchRequest) GetStdin() bool {
+func (x *Launch) GetStdin() bool {
 	if x != nil {
 		return x.Stdin
 	}
 	return false
 }
 
-type LaunchResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Configure     *ConfigureResponse     `protobuf:"bytes,1,opt,name=configure,proto3" json:"configure,omitempty"`
-	Process       *ExecResponse          `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`
+type LaunchResult struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Configure *ConfigureResponse     `protobuf:"bytes,1,opt,name=configure,proto3" json:"configure,omitempty"`
+	Process   *ExecResponse          `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`
+	// Set instead, with what the call that was refused would have answered: a code of google.rpc.Code.
+	Code          uint32 `protobuf:"varint,3,opt,name=code,proto3" json:"code,omitempty"`
+	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *LaunchResponse) Reset() {
-	*x = LaunchResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+func (x *LaunchResult) Reset() {
+	*x = LaunchResult{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *LaunchResponse) String() string {
+func (x *LaunchResult) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*LaunchResponse) ProtoMessage() {}
+func (*LaunchResult) ProtoMessage() {}
 
-func (x *LaunchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[9]
+func (x *LaunchResult) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,23 +967,37 @@ func (x *LaunchResponse) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use LaunchResponse.ProtoReflect.Descriptor instead.
-func (*LaunchResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+// Deprecated: Use LaunchResult.ProtoReflect.Descriptor instead.
+func (*LaunchResult) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
-func (x *LaunchResponse) GetConfigure() *ConfigureResponse {
+func (x *LaunchResult) GetConfigure() *ConfigureResponse {
 	if x != nil {
 		return x.Configure
 	}
 	return nil
 }
 
-func (x *LaunchResponse) GetProcess() *ExecResponse {
+func (x *LaunchResult) GetProcess() *ExecResponse {
 	if x != nil {
 		return x.Process
 	}
 	return nil
+}
+
+func (x *LaunchResult) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *LaunchResult) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 type ExecFailure struct {
@@ -992,7 +1010,7 @@ type ExecFailure struct {
 
 func (x *ExecFailure) Reset() {
 	*x = ExecFailure{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1022,7 @@ func (x *ExecFailure) String() string {
 func (*ExecFailure) ProtoMessage() {}
 
 func (x *ExecFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1035,7 @@ func (x *ExecFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecFailure.ProtoReflect.Descriptor instead.
 func (*ExecFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ExecFailure) GetReason() ExecFailure_Reason {
@@ -1046,7 +1064,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1076,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1089,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Chunk) GetStream() Stream {
@@ -1110,7 +1128,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1140,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1153,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReadOutputRequest) GetProcessId() string {
@@ -1178,7 +1196,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1208,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1221,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*Chunk {
@@ -1235,7 +1253,7 @@ type WriteInputRequest struct {
 
 func (x *WriteInputRequest) Reset() {
 	*x = WriteInputRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1247,7 +1265,7 @@ func (x *WriteInputRequest) String() string {
 func (*WriteInputRequest) ProtoMessage() {}
 
 func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1260,7 +1278,7 @@ func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteInputRequest.ProtoReflect.Descriptor instead.
 func (*WriteInputRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WriteInputRequest) GetProcessId() string {
@@ -1303,7 +1321,7 @@ type WriteInputResponse struct {
 
 func (x *WriteInputResponse) Reset() {
 	*x = WriteInputResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1333,7 @@ func (x *WriteInputResponse) String() string {
 func (*WriteInputResponse) ProtoMessage() {}
 
 func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1346,7 @@ func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteInputResponse.ProtoReflect.Descriptor instead.
 func (*WriteInputResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WriteInputResponse) GetClosed() bool {
@@ -1356,7 +1374,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1386,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1399,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ResizeRequest) GetProcessId() string {
@@ -1413,7 +1431,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1425,7 +1443,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1438,7 +1456,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 type SignalRequest struct {
@@ -1453,7 +1471,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1483,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1496,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignalRequest) GetProcessId() string {
@@ -1510,7 +1528,7 @@ type SignalResponse struct {
 
 func (x *SignalResponse) Reset() {
 	*x = SignalResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1540,7 @@ func (x *SignalResponse) String() string {
 func (*SignalResponse) ProtoMessage() {}
 
 func (x *SignalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1553,7 @@ func (x *SignalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalResponse.ProtoReflect.Descriptor instead.
 func (*SignalResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 type WaitRequest struct {
@@ -1549,7 +1567,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1579,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1592,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *WaitRequest) GetProcessId() string {
@@ -1607,7 +1625,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1637,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1650,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *WaitResponse) GetExited() bool {
@@ -1679,7 +1697,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +1709,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +1722,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ReleaseRequest) GetProcessId() string {
@@ -1722,7 +1740,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1734,7 +1752,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1747,7 +1765,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type RetainRequest struct {
@@ -1759,7 +1777,7 @@ type RetainRequest struct {
 
 func (x *RetainRequest) Reset() {
 	*x = RetainRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +1789,7 @@ func (x *RetainRequest) String() string {
 func (*RetainRequest) ProtoMessage() {}
 
 func (x *RetainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +1802,7 @@ func (x *RetainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetainRequest.ProtoReflect.Descriptor instead.
 func (*RetainRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RetainRequest) GetProcessIds() []string {
@@ -1802,7 +1820,7 @@ type RetainResponse struct {
 
 func (x *RetainResponse) Reset() {
 	*x = RetainResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1832,7 @@ func (x *RetainResponse) String() string {
 func (*RetainResponse) ProtoMessage() {}
 
 func (x *RetainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1845,7 @@ func (x *RetainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetainResponse.ProtoReflect.Descriptor instead.
 func (*RetainResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type CopyRequest struct {
@@ -1843,7 +1861,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1855,7 +1873,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1868,7 +1886,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CopyRequest) GetContainerId() string {
@@ -1907,7 +1925,7 @@ type CopyResponse struct {
 
 func (x *CopyResponse) Reset() {
 	*x = CopyResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1919,7 +1937,7 @@ func (x *CopyResponse) String() string {
 func (*CopyResponse) ProtoMessage() {}
 
 func (x *CopyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1932,7 +1950,7 @@ func (x *CopyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyResponse.ProtoReflect.Descriptor instead.
 func (*CopyResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type StatsRequest struct {
@@ -1943,7 +1961,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +1973,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +1986,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type StatsResponse struct {
@@ -1991,7 +2009,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2003,7 +2021,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2016,7 +2034,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatsResponse) GetMemoryTotalBytes() uint64 {
@@ -2085,7 +2103,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2097,7 +2115,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2110,7 +2128,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ShutdownRequest) GetGraceMs() uint32 {
@@ -2128,7 +2146,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2158,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2171,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 var File_sandboxd_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -2208,16 +2226,18 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x05stdin\x18\x04 \x01(\bR\x05stdin\"Z\n" +
 	"\fExecResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x128\n" +
-	"\afailure\x18\x02 \x01(\v2\x1e.sandboxd.agent.v1.ExecFailureR\afailure\"\xd0\x01\n" +
-	"\rLaunchRequest\x12A\n" +
+	"\afailure\x18\x02 \x01(\v2\x1e.sandboxd.agent.v1.ExecFailureR\afailure\"\xc9\x01\n" +
+	"\x06Launch\x12A\n" +
 	"\tconfigure\x18\x01 \x01(\v2#.sandboxd.agent.v1.ConfigureRequestR\tconfigure\x12G\n" +
 	"\tcontainer\x18\x02 \x01(\v2).sandboxd.agent.v1.CreateContainerRequestR\tcontainer\x12\x1d\n" +
 	"\n" +
 	"process_id\x18\x03 \x01(\tR\tprocessId\x12\x14\n" +
-	"\x05stdin\x18\x04 \x01(\bR\x05stdin\"\x8f\x01\n" +
-	"\x0eLaunchResponse\x12B\n" +
+	"\x05stdin\x18\x04 \x01(\bR\x05stdin\"\xbb\x01\n" +
+	"\fLaunchResult\x12B\n" +
 	"\tconfigure\x18\x01 \x01(\v2$.sandboxd.agent.v1.ConfigureResponseR\tconfigure\x129\n" +
-	"\aprocess\x18\x02 \x01(\v2\x1f.sandboxd.agent.v1.ExecResponseR\aprocess\"\xff\x01\n" +
+	"\aprocess\x18\x02 \x01(\v2\x1f.sandboxd.agent.v1.ExecResponseR\aprocess\x12\x12\n" +
+	"\x04code\x18\x03 \x01(\rR\x04code\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"\xff\x01\n" +
 	"\vExecFailure\x12=\n" +
 	"\x06reason\x18\x01 \x01(\x0e2%.sandboxd.agent.v1.ExecFailure.ReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\x96\x01\n" +
@@ -2307,17 +2327,12 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-<<<<<<< HEAD
 	"\rSTREAM_STDERR\x10\x022\x9f\t\n" +
-=======
-	"\rSTREAM_STDERR\x10\x022\x90\t\n" +
->>>>>>> ddf43da (agent: configure, create and start in one call)
 	"\fAgentService\x12V\n" +
 	"\tConfigure\x12#.sandboxd.agent.v1.ConfigureRequest\x1a$.sandboxd.agent.v1.ConfigureResponse\x12\\\n" +
 	"\vAdjustClock\x12%.sandboxd.agent.v1.AdjustClockRequest\x1a&.sandboxd.agent.v1.AdjustClockResponse\x12h\n" +
 	"\x0fCreateContainer\x12).sandboxd.agent.v1.CreateContainerRequest\x1a*.sandboxd.agent.v1.CreateContainerResponse\x12G\n" +
-	"\x04Exec\x12\x1e.sandboxd.agent.v1.ExecRequest\x1a\x1f.sandboxd.agent.v1.ExecResponse\x12M\n" +
-	"\x06Launch\x12 .sandboxd.agent.v1.LaunchRequest\x1a!.sandboxd.agent.v1.LaunchResponse\x12Y\n" +
+	"\x04Exec\x12\x1e.sandboxd.agent.v1.ExecRequest\x1a\x1f.sandboxd.agent.v1.ExecResponse\x12Y\n" +
 	"\n" +
 	"ReadOutput\x12$.sandboxd.agent.v1.ReadOutputRequest\x1a%.sandboxd.agent.v1.ReadOutputResponse\x12Y\n" +
 	"\n" +
@@ -2344,7 +2359,7 @@ func file_sandboxd_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(Stream)(0),                     // 0: sandboxd.agent.v1.Stream
 	(ExecFailure_Reason)(0),         // 1: sandboxd.agent.v1.ExecFailure.Reason
@@ -2353,137 +2368,87 @@ var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(*Network)(nil),                 // 4: sandboxd.agent.v1.Network
 	(*Route)(nil),                   // 5: sandboxd.agent.v1.Route
 	(*ConfigureResponse)(nil),       // 6: sandboxd.agent.v1.ConfigureResponse
-<<<<<<< HEAD
 	(*AdjustClockRequest)(nil),      // 7: sandboxd.agent.v1.AdjustClockRequest
 	(*AdjustClockResponse)(nil),     // 8: sandboxd.agent.v1.AdjustClockResponse
 	(*CreateContainerRequest)(nil),  // 9: sandboxd.agent.v1.CreateContainerRequest
 	(*CreateContainerResponse)(nil), // 10: sandboxd.agent.v1.CreateContainerResponse
 	(*ExecRequest)(nil),             // 11: sandboxd.agent.v1.ExecRequest
 	(*ExecResponse)(nil),            // 12: sandboxd.agent.v1.ExecResponse
-=======
-	(*CreateContainerRequest)(nil),  // 7: sandboxd.agent.v1.CreateContainerRequest
-	(*CreateContainerResponse)(nil), // 8: sandboxd.agent.v1.CreateContainerResponse
-	(*ExecRequest)(nil),             // 9: sandboxd.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 10: sandboxd.agent.v1.ExecResponse
-	(*LaunchRequest)(nil),           // 11: sandboxd.agent.v1.LaunchRequest
-	(*LaunchResponse)(nil),          // 12: sandboxd.agent.v1.LaunchResponse
->>>>>>> ddf43da (agent: configure, create and start in one call)
-	(*ExecFailure)(nil),             // 13: sandboxd.agent.v1.ExecFailure
-	(*Chunk)(nil),                   // 14: sandboxd.agent.v1.Chunk
-	(*ReadOutputRequest)(nil),       // 15: sandboxd.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 16: sandboxd.agent.v1.ReadOutputResponse
-	(*WriteInputRequest)(nil),       // 17: sandboxd.agent.v1.WriteInputRequest
-	(*WriteInputResponse)(nil),      // 18: sandboxd.agent.v1.WriteInputResponse
-	(*ResizeRequest)(nil),           // 19: sandboxd.agent.v1.ResizeRequest
-	(*ResizeResponse)(nil),          // 20: sandboxd.agent.v1.ResizeResponse
-	(*SignalRequest)(nil),           // 21: sandboxd.agent.v1.SignalRequest
-	(*SignalResponse)(nil),          // 22: sandboxd.agent.v1.SignalResponse
-	(*WaitRequest)(nil),             // 23: sandboxd.agent.v1.WaitRequest
-	(*WaitResponse)(nil),            // 24: sandboxd.agent.v1.WaitResponse
-	(*ReleaseRequest)(nil),          // 25: sandboxd.agent.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 26: sandboxd.agent.v1.ReleaseResponse
-	(*RetainRequest)(nil),           // 27: sandboxd.agent.v1.RetainRequest
-	(*RetainResponse)(nil),          // 28: sandboxd.agent.v1.RetainResponse
-	(*CopyRequest)(nil),             // 29: sandboxd.agent.v1.CopyRequest
-	(*CopyResponse)(nil),            // 30: sandboxd.agent.v1.CopyResponse
-	(*StatsRequest)(nil),            // 31: sandboxd.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 32: sandboxd.agent.v1.StatsResponse
-	(*ShutdownRequest)(nil),         // 33: sandboxd.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 34: sandboxd.agent.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
+	(*Launch)(nil),                  // 13: sandboxd.agent.v1.Launch
+	(*LaunchResult)(nil),            // 14: sandboxd.agent.v1.LaunchResult
+	(*ExecFailure)(nil),             // 15: sandboxd.agent.v1.ExecFailure
+	(*Chunk)(nil),                   // 16: sandboxd.agent.v1.Chunk
+	(*ReadOutputRequest)(nil),       // 17: sandboxd.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 18: sandboxd.agent.v1.ReadOutputResponse
+	(*WriteInputRequest)(nil),       // 19: sandboxd.agent.v1.WriteInputRequest
+	(*WriteInputResponse)(nil),      // 20: sandboxd.agent.v1.WriteInputResponse
+	(*ResizeRequest)(nil),           // 21: sandboxd.agent.v1.ResizeRequest
+	(*ResizeResponse)(nil),          // 22: sandboxd.agent.v1.ResizeResponse
+	(*SignalRequest)(nil),           // 23: sandboxd.agent.v1.SignalRequest
+	(*SignalResponse)(nil),          // 24: sandboxd.agent.v1.SignalResponse
+	(*WaitRequest)(nil),             // 25: sandboxd.agent.v1.WaitRequest
+	(*WaitResponse)(nil),            // 26: sandboxd.agent.v1.WaitResponse
+	(*ReleaseRequest)(nil),          // 27: sandboxd.agent.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 28: sandboxd.agent.v1.ReleaseResponse
+	(*RetainRequest)(nil),           // 29: sandboxd.agent.v1.RetainRequest
+	(*RetainResponse)(nil),          // 30: sandboxd.agent.v1.RetainResponse
+	(*CopyRequest)(nil),             // 31: sandboxd.agent.v1.CopyRequest
+	(*CopyResponse)(nil),            // 32: sandboxd.agent.v1.CopyResponse
+	(*StatsRequest)(nil),            // 33: sandboxd.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 34: sandboxd.agent.v1.StatsResponse
+	(*ShutdownRequest)(nil),         // 35: sandboxd.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 36: sandboxd.agent.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil),   // 37: google.protobuf.Timestamp
 }
 var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
-	35, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
+	37, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
 	4,  // 1: sandboxd.agent.v1.ConfigureRequest.network:type_name -> sandboxd.agent.v1.Network
 	5,  // 2: sandboxd.agent.v1.Network.routes:type_name -> sandboxd.agent.v1.Route
-<<<<<<< HEAD
-	35, // 3: sandboxd.agent.v1.AdjustClockResponse.now:type_name -> google.protobuf.Timestamp
-	13, // 4: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
-	1,  // 5: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
-	0,  // 6: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
-	35, // 7: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
-	14, // 8: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
-	35, // 9: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
-	2,  // 10: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
-	3,  // 11: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
-	7,  // 12: sandboxd.agent.v1.AgentService.AdjustClock:input_type -> sandboxd.agent.v1.AdjustClockRequest
-	9,  // 13: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
-	11, // 14: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
-	15, // 15: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
-	17, // 16: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
-	19, // 17: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
-	21, // 18: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
-	23, // 19: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
-	25, // 20: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
-	27, // 21: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
-	29, // 22: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
-	31, // 23: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
-	33, // 24: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
-	6,  // 25: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
-	8,  // 26: sandboxd.agent.v1.AgentService.AdjustClock:output_type -> sandboxd.agent.v1.AdjustClockResponse
-	10, // 27: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
-	12, // 28: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
-	16, // 29: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
-	18, // 30: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
-	20, // 31: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
-	22, // 32: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
-	24, // 33: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
-	26, // 34: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
-	28, // 35: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
-	30, // 36: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
-	32, // 37: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
-	34, // 38: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
-	25, // [25:39] is the sub-list for method output_type
-	11, // [11:25] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
-=======
-	13, // 3: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
-	3,  // 4: sandboxd.agent.v1.LaunchRequest.configure:type_name -> sandboxd.agent.v1.ConfigureRequest
-	7,  // 5: sandboxd.agent.v1.LaunchRequest.container:type_name -> sandboxd.agent.v1.CreateContainerRequest
-	6,  // 6: sandboxd.agent.v1.LaunchResponse.configure:type_name -> sandboxd.agent.v1.ConfigureResponse
-	10, // 7: sandboxd.agent.v1.LaunchResponse.process:type_name -> sandboxd.agent.v1.ExecResponse
-	1,  // 8: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
-	0,  // 9: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
-	35, // 10: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
-	14, // 11: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
-	35, // 12: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
-	2,  // 13: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
-	3,  // 14: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
-	7,  // 15: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
-	9,  // 16: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
-	11, // 17: sandboxd.agent.v1.AgentService.Launch:input_type -> sandboxd.agent.v1.LaunchRequest
-	15, // 18: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
-	17, // 19: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
-	19, // 20: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
-	21, // 21: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
-	23, // 22: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
-	25, // 23: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
-	27, // 24: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
-	29, // 25: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
-	31, // 26: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
-	33, // 27: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
-	6,  // 28: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
-	8,  // 29: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
-	10, // 30: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
-	12, // 31: sandboxd.agent.v1.AgentService.Launch:output_type -> sandboxd.agent.v1.LaunchResponse
-	16, // 32: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
-	18, // 33: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
-	20, // 34: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
-	22, // 35: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
-	24, // 36: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
-	26, // 37: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
-	28, // 38: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
-	30, // 39: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
-	32, // 40: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
-	34, // 41: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
-	28, // [28:42] is the sub-list for method output_type
-	14, // [14:28] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
->>>>>>> ddf43da (agent: configure, create and start in one call)
+	37, // 3: sandboxd.agent.v1.AdjustClockResponse.now:type_name -> google.protobuf.Timestamp
+	15, // 4: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
+	3,  // 5: sandboxd.agent.v1.Launch.configure:type_name -> sandboxd.agent.v1.ConfigureRequest
+	9,  // 6: sandboxd.agent.v1.Launch.container:type_name -> sandboxd.agent.v1.CreateContainerRequest
+	6,  // 7: sandboxd.agent.v1.LaunchResult.configure:type_name -> sandboxd.agent.v1.ConfigureResponse
+	12, // 8: sandboxd.agent.v1.LaunchResult.process:type_name -> sandboxd.agent.v1.ExecResponse
+	1,  // 9: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
+	0,  // 10: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
+	37, // 11: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
+	16, // 12: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
+	37, // 13: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
+	2,  // 14: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
+	3,  // 15: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
+	7,  // 16: sandboxd.agent.v1.AgentService.AdjustClock:input_type -> sandboxd.agent.v1.AdjustClockRequest
+	9,  // 17: sandboxd.agent.v1.AgentService.CreateContainer:input_type -> sandboxd.agent.v1.CreateContainerRequest
+	11, // 18: sandboxd.agent.v1.AgentService.Exec:input_type -> sandboxd.agent.v1.ExecRequest
+	17, // 19: sandboxd.agent.v1.AgentService.ReadOutput:input_type -> sandboxd.agent.v1.ReadOutputRequest
+	19, // 20: sandboxd.agent.v1.AgentService.WriteInput:input_type -> sandboxd.agent.v1.WriteInputRequest
+	21, // 21: sandboxd.agent.v1.AgentService.Resize:input_type -> sandboxd.agent.v1.ResizeRequest
+	23, // 22: sandboxd.agent.v1.AgentService.Signal:input_type -> sandboxd.agent.v1.SignalRequest
+	25, // 23: sandboxd.agent.v1.AgentService.Wait:input_type -> sandboxd.agent.v1.WaitRequest
+	27, // 24: sandboxd.agent.v1.AgentService.Release:input_type -> sandboxd.agent.v1.ReleaseRequest
+	29, // 25: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
+	31, // 26: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
+	33, // 27: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
+	35, // 28: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
+	6,  // 29: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
+	8,  // 30: sandboxd.agent.v1.AgentService.AdjustClock:output_type -> sandboxd.agent.v1.AdjustClockResponse
+	10, // 31: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
+	12, // 32: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
+	18, // 33: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
+	20, // 34: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
+	22, // 35: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
+	24, // 36: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
+	26, // 37: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
+	28, // 38: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
+	30, // 39: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
+	32, // 40: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
+	34, // 41: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
+	36, // 42: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
+	29, // [29:43] is the sub-list for method output_type
+	15, // [15:29] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_agent_v1_agent_proto_init() }
@@ -2497,7 +2462,7 @@ func file_sandboxd_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_agent_v1_agent_proto_rawDesc), len(file_sandboxd_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

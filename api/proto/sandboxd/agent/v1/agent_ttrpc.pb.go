@@ -12,7 +12,6 @@ type AgentServiceService interface {
 	AdjustClock(context.Context, *AdjustClockRequest) (*AdjustClockResponse, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*CreateContainerResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
-	Launch(context.Context, *LaunchRequest) (*LaunchResponse, error)
 	ReadOutput(context.Context, *ReadOutputRequest) (*ReadOutputResponse, error)
 	WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
@@ -55,13 +54,6 @@ func RegisterAgentServiceService(srv *ttrpc.Server, svc AgentServiceService) {
 					return nil, err
 				}
 				return svc.Exec(ctx, &req)
-			},
-			"Launch": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
-				var req LaunchRequest
-				if err := unmarshal(&req); err != nil {
-					return nil, err
-				}
-				return svc.Launch(ctx, &req)
 			},
 			"ReadOutput": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ReadOutputRequest
@@ -174,14 +166,6 @@ func (c *agentserviceClient) CreateContainer(ctx context.Context, req *CreateCon
 func (c *agentserviceClient) Exec(ctx context.Context, req *ExecRequest) (*ExecResponse, error) {
 	var resp ExecResponse
 	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Exec", req, &resp); err != nil {
-		return nil, err
-	}
-	return &resp, nil
-}
-
-func (c *agentserviceClient) Launch(ctx context.Context, req *LaunchRequest) (*LaunchResponse, error) {
-	var resp LaunchResponse
-	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Launch", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
