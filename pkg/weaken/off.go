@@ -14,3 +14,6 @@ func Without(protection string) bool { return false }
 
 // WithoutIn is Without for one process, whose own environment may name the protection too.
 func WithoutIn(env []string, protection string) bool { return false }
+
+// Environment is what a program that the daemon starts needs in order to do without the same.
+func Environment() []string { return nil }

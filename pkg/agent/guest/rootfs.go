@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
+	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -135,6 +137,12 @@ func (r *rootfs) mount(m specs.Mount) error {
 	o := parseMountOptions(m.Options)
 	if o.bind {
 		return r.bind(m, o)
+	}
+	if weaken.Without("attributes of mounts") {
+		o.attrs = 0
+	}
+	if weaken.Without("hide processes") {
+		o.data = slices.DeleteFunc(o.data, func(s string) bool { return strings.HasPrefix(s, "hidepid=") })
 	}
 	kind, known := kernelMounts[m.Type]
 	if !known {

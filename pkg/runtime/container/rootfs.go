@@ -34,9 +34,10 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 		return nil, nil, err
 	}
 	fault.At("container start", "image mounted")
+	used := img // what is returned with an error is nil
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, m.leaveImage(img))
+			err = errors.Join(err, m.leaveImage(used))
 		}
 	}()
 	dir := "/" + r.id

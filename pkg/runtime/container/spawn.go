@@ -17,6 +17,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -65,9 +66,26 @@ func agentAttr(attr *syscall.SysProcAttr, base uint32) {
 	attr.Unshareflags = unix.CLONE_NEWCGROUP
 	attr.UidMappings, attr.GidMappings = ids, ids
 	attr.GidMappingsEnableSetgroups = true // else the child keeps the daemon's groups
+	weakenNamespaces(attr)
 	// Without it the child stays the host's uid 0, unmapped, and loses its capabilities at exec.
 	attr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
 	attr.Setsid = true // signals from the daemon's terminal are not the sandbox's
+}
+
+// weakenNamespaces is for test builds: see package weaken.
+func weakenNamespaces(attr *syscall.SysProcAttr) {
+	for name, flag := range map[string]uintptr{
+		"user namespace": unix.CLONE_NEWUSER, "pid namespace": unix.CLONE_NEWPID, "mount namespace": unix.CLONE_NEWNS, "network namespace": unix.CLONE_NEWNET,
+		"ipc namespace": unix.CLONE_NEWIPC, "uts namespace": unix.CLONE_NEWUTS, "cgroup namespace": unix.CLONE_NEWCGROUP,
+	} {
+		if weaken.Without(name) {
+			attr.Cloneflags &^= flag
+			attr.Unshareflags &^= flag
+			if flag == unix.CLONE_NEWUSER {
+				attr.UidMappings, attr.GidMappings = nil, nil
+			}
+		}
+	}
 }
 
 // agent starts an agent in its cgroup and namespaces.

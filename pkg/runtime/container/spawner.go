@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // A child in a user namespace cannot share its parent's memory until it executes its program: the kernel copies the
@@ -104,7 +105,7 @@ func (s *spawner) startLocked() error {
 	defer theirs.Close() //nolint:errcheck // the child's
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{spawnerName}
-	cmd.Env = []string{}
+	cmd.Env = append([]string{}, weaken.Environment()...) // not nil, which would be the daemon's
 	cmd.Dir = "/"
 	cmd.Stderr = os.Stderr // where the daemon's own crash would go
 	cmd.ExtraFiles = []*os.File{theirs}

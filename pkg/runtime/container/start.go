@@ -230,6 +230,9 @@ func (st *start) writeRecord(context.Context) error {
 
 func (st *start) allocateIDs(context.Context) (err error) {
 	st.base, err = st.r.config.IDs.Allocate(st.madeAs)
+	if weaken.Without("ids of its own") {
+		st.base = 0 // the host's
+	}
 	return err
 }
 
@@ -237,6 +240,9 @@ func (st *start) makeGroup(context.Context) (err error) {
 	limits := st.r.limits(st.s.Resources)
 	if weaken.Without("list of devices") {
 		limits.Devices = nil
+	}
+	if weaken.Without("limits of the cgroup") {
+		limits = cgroup.Limits{Devices: limits.Devices}
 	}
 	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, limits)
 	return err

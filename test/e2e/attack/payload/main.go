@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,6 +47,30 @@ var attacks = map[string]func() []try{
 	"fake-proc":          fakeProc,
 	"fake-dev":           fakeDev,
 	"tmpfs-through-link": tmpfsThroughLink,
+
+	"namespaces":         namespaces,
+	"ids":                ids,
+	"pids-limit":         pidsLimit,
+	"propagation":        propagation,
+	"fresh-filesystems":  freshFilesystems,
+	"mount-attributes":   mountAttributes,
+	"read-only-paths":    readOnlyPaths,
+	"read-only-root":     readOnlyRoot,
+	"host-file":          hostFile,
+	"hidden":             hidden,
+	"agent-capabilities": agentCapabilities,
+	"agent-filter":       agentFilter,
+	"agent-open":         agentOpen,
+	"session":            session,
+	"limits":             limits,
+	"user":               user,
+	"bounding":           bounding,
+	"capabilities":       capabilities,
+	"no-capabilities":    noCapabilities,
+	"umask":              umask,
+	"signals":            signals,
+	"no-new-privileges":  noNewPrivileges,
+	"own-filter":         ownFilter,
 }
 
 func main() {
@@ -66,6 +91,9 @@ func main() {
 			}
 			os.Exit(1)
 		case "true":
+			return
+		case "sleep":
+			time.Sleep(10 * time.Minute) // longer than any test
 			return
 		}
 	}
