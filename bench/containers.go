@@ -24,6 +24,7 @@ const container = sandboxdv1.Isolation_ISOLATION_CONTAINER
 // namespaces, mounts, capabilities and seccomp profile are the same.
 type peers struct {
 	dir    string
+	runDir string
 	rootfs string
 	config specs.Spec
 	next   int
@@ -33,7 +34,7 @@ type peers struct {
 const hostBase = 1 << 20
 
 func newPeers(ctx context.Context, b *bench) (*peers, error) {
-	p := &peers{dir: filepath.Join(b.dir, "peers"), rootfs: filepath.Join(b.dir, "peers", "rootfs")}
+	p := &peers{runDir: b.runDir, dir: filepath.Join(b.dir, "peers"), rootfs: filepath.Join(b.dir, "peers", "rootfs")}
 	if err := os.MkdirAll(p.rootfs, 0o755); err != nil {
 		return nil, err
 	}
@@ -110,6 +111,9 @@ func (p *peers) bundle(name, cgroup string, cmd []string) (string, error) {
 	return dir, os.WriteFile(filepath.Join(dir, "config.json"), b, 0o644)
 }
 
+// root is where an OCI runtime keeps its state.
+func (p *peers) root(name string) string { return filepath.Join(p.runDir, name) }
+
 // oci is an OCI runtime's `run`.
 func (p *peers) oci(name string, includes string) (subject, error) {
 	bundles := map[string]string{}
@@ -122,7 +126,7 @@ func (p *peers) oci(name string, includes string) (subject, error) {
 	}
 	return subject{name: name + " run", includes: includes, do: func(ctx context.Context, c string) (int, error) {
 		p.next++
-		return exitCode(exec.CommandContext(ctx, name, "--root", filepath.Join(p.dir, name), "run",
+		return exitCode(exec.CommandContext(ctx, name, "--root", p.root(name), "run",
 			"--bundle", bundles[c], fmt.Sprintf("bench-%d", p.next)))
 	}}, nil
 }
@@ -217,7 +221,7 @@ func benchExec(ctx context.Context, b *bench) ([]row, error) {
 		}
 		defer end()
 		subjects = append(subjects, subject{name: name + " exec", includes: "one process of the runtime per exec", do: func(ctx context.Context, c string) (int, error) {
-			args := append([]string{"--root", filepath.Join(p.dir, name), "exec", "sleeper-" + name}, commands[c]...)
+			args := append([]string{"--root", p.root(name), "exec", "sleeper-" + name}, commands[c]...)
 			return exitCode(exec.CommandContext(ctx, name, args...))
 		}})
 	}
@@ -240,7 +244,7 @@ func (p *peers) sleeper(ctx context.Context, name string) (func(), error) {
 	if err != nil {
 		return nil, err
 	}
-	root := filepath.Join(p.dir, name)
+	root := p.root(name)
 	if err := command(ctx, name, "--root", root, "run", "--detach", "--bundle", bundle, "sleeper-"+name); err != nil {
 		return nil, err
 	}

@@ -55,7 +55,7 @@ func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 		return nil, errors.New("no guest kernel in the cache: run `make test-assets`")
 	}
 	d.cmd = exec.Command(filepath.Join(o.bin, "sandboxd"),
-		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(dir, "run"),
+		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(o.runDir, strconv.Itoa(o.pool)),
 		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d-%d", os.Getpid(), o.pool), "--id-dir", ids,
 		"--vm-accel", "auto", "--vm-kernel", kernels[len(kernels)-1])
 	if o.pool > 0 {

@@ -20,6 +20,9 @@ import (
 )
 
 type options struct {
+	// Made by run.
+	runDir string
+
 	bin, cache string
 	runs       int
 	vmRuns     int
@@ -73,6 +76,10 @@ func partNames() []string {
 	return names
 }
 
+// inMemory is a file system in memory, as /run is on every host with systemd: there is what does not outlive a boot, of the daemon
+// (--run-dir) and of the OCI runtimes (--root, by default below /run).
+const inMemory = "/dev/shm"
+
 // benchLimit bounds the whole run.
 const benchLimit = 30 * time.Minute
 
@@ -86,6 +93,10 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	if o.runDir, err = os.MkdirTemp(inMemory, "sbxbench-"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(o.runDir)
 	for _, p := range []*string{&o.bin, &o.cache} {
 		if *p, err = filepath.Abs(*p); err != nil {
 			return err

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -193,7 +192,7 @@ func (d *daemon) output(ctx context.Context, id string, command []string) (int64
 }
 
 func (p *peers) output(ctx context.Context, name string, command []string) (int64, error) {
-	args := append([]string{"--root", filepath.Join(p.dir, name), "exec", "sleeper-" + name}, command...)
+	args := append([]string{"--root", p.root(name), "exec", "sleeper-" + name}, command...)
 	producer := exec.CommandContext(ctx, name, args...)
 	cat := exec.CommandContext(ctx, "cat")
 	pipe, err := producer.StdoutPipe()

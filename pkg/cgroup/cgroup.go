@@ -173,11 +173,15 @@ func New(parent, id string, l Limits) (*Group, error) {
 	if err := check(g.h, l); err != nil {
 		return nil, err
 	}
+	left := slices.ContainsFunc(g.h.dirs(g.path), exists)
 	if err := g.h.create(g.path, l); err != nil {
 		_ = g.remove() // the first error counts
 		return nil, fmt.Errorf("cannot make the cgroup %s: %w", g.path, err)
 	}
 	fault.At("cgroup", "made")
+	if !left { // nobody can be in what was just made
+		return g, nil
+	}
 	pids, err := g.Pids()
 	if err != nil {
 		return nil, err
