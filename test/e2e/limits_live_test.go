@@ -3,6 +3,8 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -140,6 +142,33 @@ func TestOutOfMemoryIsSaid(t *testing.T) {
 		}
 		w.Call(t, "exec", neighbour, "echo", "unharmed").WantOut(t, "unharmed\n")
 	})
+}
+
+// What the host's kernel kills of a VM is its monitor: that is told apart from a kill within the guest. It takes a monitor that
+// outgrows what it is given; here the limit of its cgroup is lowered to what it uses, which only the host's owner can.
+func TestOutOfMemoryOfTheMonitorIsSaid(t *testing.T) {
+	w := shared.Wall("vm")
+	w.Daemon.Watch(t)
+	neighbour := shared.Wall("container").Start(t, busybox, "sleep", "600")
+	id := w.Start(t, "--memory", "128m", busybox, "sh", "-c", "while [ ! -e /go ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/shm/fill bs=1M; echo survived; sleep 600")
+	w.Exec(id, "true").Run().Want(t, 0)
+	group := w.Group(t, id, "memory")
+	limitFile := filepath.Join(group, "memory.max")
+	if _, err := os.Stat(limitFile); err != nil {
+		limitFile = filepath.Join(group, "memory.limit_in_bytes")
+	}
+	limit := number(t, w.Usage(t, id).MemoryBytes) + 8<<20
+	must(t, os.WriteFile(limitFile, []byte(fmt.Sprint(limit)), 0o600))
+	w.Exec(id, "touch", "/go").Run()
+	w.Command("wait", id).Run().WantError(t, 125, "no exit code", "out of memory: VM and VMM together")
+	s := limitsOf(t, w.Daemon, id).Status
+	if !s.OOMKilled || s.OOM.Where != "WHERE_VMM" || !strings.Contains(s.Message, "VM and VMM together") {
+		t.Errorf("status says %+v", s)
+	}
+	if got := number(t, s.OOM.LimitBytes); got > limit || got < limit-1<<20 {
+		t.Errorf("the limit was %d, status says %d", limit, got)
+	}
+	w.Call(t, "exec", neighbour, "echo", "unharmed").WantOut(t, "unharmed\n")
 }
 
 // The log keeps its limit, whatever is written, and says what it dropped; the newest is there.

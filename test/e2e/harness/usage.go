@@ -2,18 +2,45 @@ package harness
 
 import (
 	"encoding/json"
+	"strconv"
 	"testing"
 )
 
 // Usage is what `stats --format json` says of one workload.
 type Usage struct {
-	ID          string
-	CPUTime     string `json:"cpuTime"`
-	MemoryBytes string
-	MemoryLimit string `json:"memoryLimitBytes"`
-	Pids        string
-	DiskLimit   string `json:"diskLimitBytes"`
-	DiskBytes   string
+	ID               string
+	CPUTime          string `json:"cpuTime"`
+	MemoryBytes      string
+	MemoryLimit      string `json:"memoryLimitBytes"`
+	MemoryWorkingSet string `json:"memoryWorkingSetBytes"`
+	MemoryCache      string `json:"memoryCacheBytes"`
+	MemoryPeak       string `json:"memoryPeakBytes"`
+	GuestAvailable   string `json:"guestMemoryAvailableBytes"`
+	Pids             string
+	DiskLimit        string `json:"diskLimitBytes"`
+	DiskBytes        string
+	IOReadBytes      string `json:"ioReadBytes"`
+	IOWriteBytes     string `json:"ioWriteBytes"`
+	// Nil where the host's kernel has no PSI.
+	CPUPressure, MemoryPressure, IOPressure *Pressure
+}
+
+// Pressure is how long something waited.
+type Pressure struct {
+	SomeTotal string `json:"someTotal"`
+}
+
+// Number is one of a message's, which JSON has as a string, and leaves out at zero.
+func Number(t *testing.T, what, value string) int64 {
+	t.Helper()
+	if value == "" {
+		return 0
+	}
+	n, err := strconv.ParseInt(value, 10, 64)
+	if err != nil {
+		t.Fatalf("%s is %q, no number", what, value)
+	}
+	return n
 }
 
 // Usage is what a workload uses now.
