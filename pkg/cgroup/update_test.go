@@ -282,8 +282,19 @@ func TestFreeze(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// Another that is free, and does the same, gets to its end meanwhile.
 	before := ticks()
-	time.Sleep(300 * time.Millisecond)
+	free, err := New(filepath.Dir(g.path), "free", Limits{Pids: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, waitFree := start(t, free, "i=0; while [ $i -lt 20 ]; do i=$((i+1)); sleep 0.01; done")
+	if ws := waitFree(); ws.ExitStatus() != 0 {
+		t.Fatal(ws)
+	}
+	if err := free.Delete(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	if after := ticks(); after != before {
 		t.Errorf("frozen, it wrote %d bytes", after-before)
 	}
