@@ -16,6 +16,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"sync"
+	"time"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -33,9 +35,15 @@ const (
 // ownerPattern keeps a link's target readable and harmless.
 var ownerPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
-// Allocator is safe for concurrent use, by several processes too.
+// Allocator is safe for concurrent use, by several processes too; an owner is one process's at a time.
 type Allocator struct {
 	dir string
+
+	// What the links said when the directory was last changed at the time asOf, so that not all of them are read for each
+	// sandbox. Guarded by mu.
+	mu     sync.Mutex
+	owners map[string]uint32
+	asOf   time.Time
 }
 
 // Open uses the directory dir, which is made (0700) if it is missing. Every daemon of a host must be given the same one;
@@ -57,12 +65,55 @@ func Open(dir string) (*Allocator, error) {
 	return &Allocator{dir: dir}, nil
 }
 
+// refreshLocked reads all links if the directory was changed by others.
+func (a *Allocator) refreshLocked() error {
+	info, err := os.Stat(a.dir)
+	if err != nil {
+		return fmt.Errorf("cannot list id ranges: %w", err)
+	}
+	if a.owners != nil && info.ModTime().Equal(a.asOf) {
+		return nil
+	}
+	entries, err := os.ReadDir(a.dir)
+	if err != nil {
+		return fmt.Errorf("cannot list id ranges: %w", err)
+	}
+	owners := make(map[string]uint32, len(entries))
+	for _, e := range entries {
+		base, err := strconv.ParseUint(e.Name(), 10, 32)
+		if err != nil || base < firstBase || base > lastBase || base%Size != 0 {
+			continue
+		}
+		owner, err := os.Readlink(a.path(uint32(base)))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // released since
+		}
+		if err != nil {
+			return fmt.Errorf("cannot read an id range: %w", err)
+		}
+		owners[owner] = uint32(base)
+	}
+	// As of before they were read: what changed meanwhile is read next time.
+	a.owners, a.asOf = owners, info.ModTime()
+	return nil
+}
+
+// changedLocked: the directory was changed by this process, and the index with it. What another changed in the same instant
+// is not in it: that is no owner of ours.
+func (a *Allocator) changedLocked() {
+	if info, err := os.Stat(a.dir); err == nil {
+		a.asOf = info.ModTime()
+	}
+}
+
 // Allocate answers with the first id of owner's range, a new one if it has none yet.
 func (a *Allocator) Allocate(owner string) (uint32, error) {
 	if !ownerPattern.MatchString(owner) {
 		return 0, fmt.Errorf("cannot allocate an id range: %q is no valid owner", owner)
 	}
-	base, err := a.Lookup(owner)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	base, err := a.lookupLocked(owner)
 	if err == nil || spec.KindOf(err) != spec.KindNotFound {
 		return base, err
 	}
@@ -74,6 +125,8 @@ func (a *Allocator) Allocate(owner string) (uint32, error) {
 		base := firstBase + (start+i)%slots*Size
 		err := os.Symlink(owner, a.path(base))
 		if err == nil {
+			a.owners[owner] = base
+			a.changedLocked()
 			return base, nil
 		}
 		if !errors.Is(err, fs.ErrExist) {
@@ -85,32 +138,27 @@ func (a *Allocator) Allocate(owner string) (uint32, error) {
 
 // Lookup answers with the first id of owner's range, an error of KindNotFound if it has none.
 func (a *Allocator) Lookup(owner string) (uint32, error) {
-	entries, err := os.ReadDir(a.dir)
-	if err != nil {
-		return 0, fmt.Errorf("cannot list id ranges: %w", err)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.lookupLocked(owner)
+}
+
+func (a *Allocator) lookupLocked(owner string) (uint32, error) {
+	if err := a.refreshLocked(); err != nil {
+		return 0, err
 	}
-	for _, e := range entries {
-		base, err := strconv.ParseUint(e.Name(), 10, 32)
-		if err != nil || base < firstBase || base > lastBase || base%Size != 0 {
-			continue
-		}
-		target, err := os.Readlink(a.path(uint32(base)))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // released since
-		}
-		if err != nil {
-			return 0, fmt.Errorf("cannot read an id range: %w", err)
-		}
-		if target == owner {
-			return uint32(base), nil
-		}
+	base, ok := a.owners[owner]
+	if !ok {
+		return 0, spec.Errorf(spec.KindNotFound, "%s has no id range", owner)
 	}
-	return 0, spec.Errorf(spec.KindNotFound, "%s has no id range", owner)
+	return base, nil
 }
 
 // Release gives owner's range back; nothing happens if it has none. No process may use its ids any more.
 func (a *Allocator) Release(owner string) error {
-	base, err := a.Lookup(owner)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	base, err := a.lookupLocked(owner)
 	if spec.KindOf(err) == spec.KindNotFound && err != nil {
 		return nil
 	}
@@ -120,6 +168,8 @@ func (a *Allocator) Release(owner string) error {
 	if err := os.Remove(a.path(base)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot release an id range: %w", err)
 	}
+	delete(a.owners, owner)
+	a.changedLocked()
 	return nil
 }
 
