@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 const (
@@ -91,7 +91,7 @@ func readConf(file string) (*libcni.NetworkConfigList, error) {
 	if err := rootsOwn(file, info); err != nil {
 		return nil, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxConfBytes+1))
+	b, err := wholefile.ReadFrom(f, maxConfBytes)
 	if err != nil {
 		return nil, err
 	}

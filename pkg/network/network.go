@@ -16,6 +16,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 const (
@@ -130,7 +131,7 @@ func (m *Manager) attach(ctx context.Context, id string, list *libcni.NetworkCon
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return spec.Network{}, fmt.Errorf("what an earlier start left was not removed: %w", err)
 	}
-	if err := syncDir(m.state); err != nil {
+	if err := wholefile.SyncDir(m.state); err != nil {
 		return spec.Network{}, err
 	}
 	fault.At("network", "directory made")

@@ -4,14 +4,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 const (
@@ -39,32 +37,15 @@ func writeRecord(dir string, r record) error {
 	if err != nil {
 		return fmt.Errorf("cannot encode a network record: %w", err)
 	}
-	tmp := filepath.Join(dir, recordFile+".tmp")
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
+	if err := wholefile.ReplaceDurably(filepath.Join(dir, recordFile), b); err != nil {
 		return fmt.Errorf("cannot write a network record: %w", err)
 	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(tmp, filepath.Join(dir, recordFile))
-	}
-	if err != nil {
-		return fmt.Errorf("cannot write a network record: %w", err)
-	}
-	return syncDir(dir)
+	return nil
 }
 
 // readRecord answers fs.ErrNotExist if there is none.
 func readRecord(dir string) (record, error) {
-	f, err := os.OpenFile(filepath.Join(dir, recordFile), os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return record{}, fmt.Errorf("cannot read a network record: %w", err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxRecord))
+	b, err := wholefile.ReadOwn(filepath.Join(dir, recordFile), maxRecord)
 	if err != nil {
 		return record{}, fmt.Errorf("cannot read a network record: %w", err)
 	}
@@ -90,17 +71,5 @@ func removeRecord(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("cannot remove a network record: %w", err)
 	}
-	return syncDir(filepath.Dir(dir))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("cannot sync %s: %w", dir, err)
-	}
-	err = d.Sync()
-	if err = errors.Join(err, d.Close()); err != nil {
-		return fmt.Errorf("cannot sync %s: %w", dir, err)
-	}
-	return nil
+	return wholefile.SyncDir(filepath.Dir(dir))
 }

@@ -4,12 +4,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 )
@@ -51,23 +52,14 @@ func writeRecord(dir string, r record) error {
 	if err != nil {
 		return fmt.Errorf("cannot encode a record: %w", err)
 	}
-	tmp := filepath.Join(dir, recordFile+".tmp")
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
-		return fmt.Errorf("cannot write a record: %w", err)
-	}
-	if err := os.Rename(tmp, filepath.Join(dir, recordFile)); err != nil {
+	if err := wholefile.Replace(filepath.Join(dir, recordFile), b); err != nil {
 		return fmt.Errorf("cannot write a record: %w", err)
 	}
 	return nil
 }
 
 func readRecord(dir string) (record, error) {
-	f, err := os.OpenFile(filepath.Join(dir, recordFile), os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return record{}, fmt.Errorf("cannot read a record: %w", err)
-	}
-	defer f.Close() //nolint:errcheck // only read
-	b, err := io.ReadAll(io.LimitReader(f, maxRecord))
+	b, err := wholefile.ReadOwn(filepath.Join(dir, recordFile), maxRecord)
 	if err != nil {
 		return record{}, fmt.Errorf("cannot read a record: %w", err)
 	}

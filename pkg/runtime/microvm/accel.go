@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 // KVM counts only once a guest has been seen to run under it: on some hosts /dev/kvm opens and makes a machine, and a
@@ -205,7 +206,7 @@ func (r *Runtime) verdictKey(g *guest) (string, error) {
 
 // loadVerdict reads the verdict for key, if it is there. A damaged file is as good as none.
 func loadVerdict(path, key string) (v kvmVerdict, ok bool) {
-	b, err := readFileBounded(path, maxRecord)
+	b, err := wholefile.Read(path, maxRecord)
 	if err != nil || json.Unmarshal(b, &v) != nil {
 		return kvmVerdict{}, false
 	}

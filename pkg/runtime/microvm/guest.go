@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 // hostBoot is where distributions put kernels.
@@ -112,7 +112,7 @@ func leadingRun(s string) (run, rest string) {
 
 // prepareKernel unpacks the kernel into dir/<sha256 of the vmlinuz>/vmlinux, unless it is there.
 func (g *guest) prepareKernel(dir string) error {
-	image, err := readFileBounded(g.kernelPath, maxKernelImage)
+	image, err := wholefile.Read(g.kernelPath, maxKernelImage)
 	if err != nil {
 		return err
 	}
@@ -145,7 +145,7 @@ func (g *guest) prepareKernel(dir string) error {
 
 // prepareInitramfs makes dir/<sha256>.cpio, unless it is there.
 func (g *guest) prepareInitramfs(dir, agentPath string) error {
-	agent, err := readFileBounded(agentPath, maxAgent)
+	agent, err := wholefile.Read(agentPath, maxAgent)
 	if err != nil {
 		return fmt.Errorf("cannot read the agent: %w", err)
 	}
@@ -199,29 +199,6 @@ func removeOthers(dir, keep string) error {
 		}
 	}
 	return nil
-}
-
-func readFileBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
-	}
-	if info.Size() > limit {
-		return nil, fmt.Errorf("%s: %w: %d bytes, at most %d are allowed", path, errTooLarge, info.Size(), limit)
-	}
-	b := make([]byte, info.Size())
-	if _, err := io.ReadFull(f, b); err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", path, err)
-	}
-	return b, nil
 }
 
 // unfinishedPrefix begins the names of files that are being written.

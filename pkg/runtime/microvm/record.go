@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 const (
@@ -52,7 +53,7 @@ func (r record) save(dir string) error {
 
 // loadRecord reads a VM's record; runtime.ErrNotRunning if there is none.
 func loadRecord(dir string) (record, error) {
-	b, err := readFileBounded(filepath.Join(dir, recordFile), maxRecord)
+	b, err := wholefile.Read(filepath.Join(dir, recordFile), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		return record{}, runtime.ErrNotRunning
 	}

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 // A template is a guest that was stopped when its agent had come up and before it was told who it is: its memory in a
@@ -268,7 +269,7 @@ func openTemplates(dir string, config TemplateConfig, log *zap.Logger) (*templat
 
 func readTemplateMeta(dir string) (templateMeta, error) {
 	var meta templateMeta
-	b, err := readFileBounded(filepath.Join(dir, metaFile), maxRecord)
+	b, err := wholefile.Read(filepath.Join(dir, metaFile), maxRecord)
 	if err == nil {
 		err = json.Unmarshal(b, &meta)
 	}

@@ -19,6 +19,8 @@ import (
 	"github.com/mdlayher/vsock"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 const (
@@ -89,7 +91,7 @@ func newKernelHub(stateDir string, log *zap.Logger) (*kernelHub, error) {
 // listenHub listens on the port that the file names, or on a free one, which it writes there: guests that an earlier
 // daemon started dial that port for as long as they live.
 func listenHub(file string) (*vsock.Listener, uint32, error) {
-	b, err := readFileBounded(file, 16)
+	b, err := wholefile.Read(file, 16)
 	if err == nil {
 		port, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
 		if err != nil || port < lastHubPort || port > firstHubPort {
