@@ -38,11 +38,9 @@ const (
 
 func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 	ids := filepath.Join(dir, "ids") // all daemons of a host share them
-	if o.pool > 0 {
-		dir = filepath.Join(dir, "pool")
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			return nil, err
-		}
+	dir, kind := o.place(dir)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
 	}
 	socket := filepath.Join(dir, "sandboxd.sock")
 	d := &daemon{stateDir: filepath.Join(dir, "state")}
@@ -55,11 +53,14 @@ func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 		return nil, errors.New("no guest kernel in the cache: run `make test-assets`")
 	}
 	d.cmd = exec.Command(filepath.Join(o.bin, "sandboxd"),
-		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(o.runDir, strconv.Itoa(o.pool)),
-		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d-%d", os.Getpid(), o.pool), "--id-dir", ids,
+		"--listen", "unix://"+socket, "--state-dir", d.stateDir, "--run-dir", filepath.Join(o.runDir, kind),
+		"--cgroup-parent", fmt.Sprintf("sandboxd-bench-%d-%s", os.Getpid(), kind), "--id-dir", ids,
 		"--vm-accel", "auto", "--vm-kernel", kernels[len(kernels)-1])
 	if o.pool > 0 {
 		d.cmd.Args = append(d.cmd.Args, "--agent-pool", strconv.Itoa(o.pool))
+	}
+	if o.templates {
+		d.cmd.Args = append(d.cmd.Args, "--vm-templates", "on")
 	}
 	if o.trace {
 		d.cmd.Args = append(d.cmd.Args, "--trace", filepath.Join(dir, traceFile))

@@ -31,6 +31,8 @@ type options struct {
 	trace      bool
 	pool       int
 	only       string
+	manyVMs    int
+	templates  bool
 }
 
 func main() {
@@ -42,6 +44,7 @@ func main() {
 	flag.IntVar(&o.crowd, "crowd", 10, "sandboxes at once where memory is measured")
 	flag.BoolVar(&o.trace, "trace", false, "show the phases of a container's life instead, -runs of them")
 	flag.IntVar(&o.pool, "pool", 0, "size of the daemon's pool of waiting agents")
+	flag.IntVar(&o.manyVMs, "many-vms", 100, "VMs from a template at once")
 	flag.StringVar(&o.only, "only", "", "measure only these parts, parted by commas: "+strings.Join(partNames(), ", "))
 	flag.BoolVar(&o.asJSON, "json", false, "print the rows as JSON")
 	flag.Parse()
@@ -61,6 +64,7 @@ var parts = []struct {
 	{"life", benchContainers},
 	{"exec", benchExec},
 	{"vm", benchVMs},
+	{"templates", benchTemplates},
 	{"memory", benchMemory},
 	{"many", benchMany},
 	{"rate", benchRates},

@@ -50,7 +50,7 @@ func TestHost(t *testing.T) {
 		}
 	})
 	t.Run("microVMs under KVM with the kernel's vsock", func(t *testing.T) {
-		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM", "TestJail")
+		h.tests(t, "./pkg/runtime/microvm", "TestKernelTransport", "TestLifeOfAVM", "TestJail", "TestClones")
 	})
 	t.Run("cgroups of version 2", func(t *testing.T) {
 		h.tests(t, "./pkg/cgroup", "TestProcessIsInEveryHierarchyFromItsFirstInstruction", "TestMemoryLimitBites",
