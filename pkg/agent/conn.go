@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -78,7 +80,7 @@ func (c *conn) next() error {
 		return err
 	}
 	length := binary.BigEndian.Uint32(header[:])
-	if length > maxFrame {
+	if length > maxFrame && !weaken.Without("bound answers") {
 		return c.refuse("an answer of %d bytes, more than %d", length, maxFrame)
 	}
 	if header[frameTypeAt] != frameResponse {

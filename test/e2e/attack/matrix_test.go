@@ -309,6 +309,8 @@ func matrixInVM(t *testing.T, w harness.Wall, file string) {
 var elsewhere = map[string]string{
 	"be undumpable":                     "TestAgentStaysClosed",
 	"seal the agent":                    "TestAgentStaysClosed",
+	"bound answers":                     "TestRogueAgent",
+	"tell how processes end":            "TestRogueAgent, where it is no protection but an attack",
 	"check directories":                 "TestLinkedDirectories",
 	"resolve inside the root":           "TestNegativeControls",
 	"check the working directory":       "TestNegativeControls",

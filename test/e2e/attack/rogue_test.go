@@ -1,0 +1,117 @@
+package attack
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sandboxd/sandboxd/test/e2e/harness"
+)
+
+const (
+	// rogueMemory is how much a daemon may grow by whatever agents send.
+	rogueMemory = 64 << 20
+	// rogueWait is how long an agent is called until it breaks the protocol: it does so two seconds after its start.
+	rogueWait = 4 * time.Second
+)
+
+// rogueWays are what an agent that was taken over does, by the names of pkg/agent/guest, rogue_on.go, and whether calls of its
+// sandbox must fail then.
+var rogueWays = []struct {
+	name  string
+	fails bool
+	vm    bool // behind the other transport too
+}{
+	{"no oversized frames", true, true},
+	{"no misordered frames", false, false}, // an answer that comes early is nobody's
+	{"no answers to nobody", false, false},
+	{"no calls instead of answers", true, false},
+	{"no garbage", true, false},
+	{"no endless frames", true, true},
+	{"no frames that never end", true, false},
+	{"tell how processes end", true, true},
+}
+
+func memoryOf(t *testing.T, d *harness.Daemon) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.Cmd.Process.Pid))
+	harness.Must(t, err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
+			kib, err := strconv.Atoi(f[1])
+			harness.Must(t, err)
+			return kib << 10
+		}
+	}
+	t.Fatal("no VmRSS")
+	return 0
+}
+
+// goRogue starts a workload whose agent breaks the protocol, calls it, and answers with what calls said and the daemon's most memory.
+func goRogue(t *testing.T, w harness.Wall, way string) (id string, said []string, most int) {
+	t.Helper()
+	id = w.Start(t, "-e", weakenVariable+"="+way, hostile, "/attack", "sleep")
+	for until := time.Now().Add(rogueWait); time.Now().Before(until); time.Sleep(100 * time.Millisecond) {
+		call := w.Exec(id, "/attack", "true")
+		call.Timeout = 5 * time.Second
+		r := call.Run()
+		if r.Code != 0 {
+			said = append(said, strings.TrimSpace(r.Stderr))
+		}
+		most = max(most, memoryOf(t, w.Daemon))
+	}
+	return id, said, most
+}
+
+// An agent that was taken over does its worst: the daemon stays as large as it was and answers, so do neighbours, and the
+// workload can be looked at and removed.
+func TestRogueAgent(t *testing.T) {
+	d, without := weakened(t)
+	importHostile(t, d, hostileImage(t, buildPayload(t)))
+	neighbour := d.Wall("container").Start(t, hostile, "/attack", "sleep")
+	before := memoryOf(t, d)
+	for _, iso := range harness.Isolations {
+		w := d.Wall(iso)
+		t.Run(iso, func(t *testing.T) {
+			for _, way := range rogueWays {
+				if iso == "vm" && !way.vm {
+					continue
+				}
+				t.Run(strings.ReplaceAll(way.name, " ", "-"), func(t *testing.T) {
+					t.Parallel()
+					id, said, most := goRogue(t, w, way.name)
+					v := d.Inspect(t, id)
+					t.Logf("%d calls failed, the last with %q; %s %q; the daemon grew by %d KiB", len(said), last(said), v.Status.State, v.Status.Message, (most-before)>>10)
+					if way.fails && len(said) == 0 && v.Status.State == "WORKLOAD_STATE_RUNNING" {
+						t.Error("no call failed")
+					}
+					if most-before > rogueMemory {
+						t.Errorf("the daemon grew from %d KiB to %d", before>>10, most>>10)
+					}
+					if v.Status.State != "WORKLOAD_STATE_RUNNING" && v.Status.Message == "" {
+						t.Errorf("it is %s, and nothing says why", v.Status.State)
+					}
+					d.Call(t, "exec", neighbour, "/attack", "euid").WantOut(t, "0\n")
+					d.Call(t, "rm", "-f", id)
+				})
+			}
+		})
+	}
+	t.Run("without the bound", func(t *testing.T) {
+		without("bound answers")
+		before := memoryOf(t, d)
+		if _, _, most := goRogue(t, d.Wall("container"), "no oversized frames"); most-before <= rogueMemory {
+			t.Errorf("the daemon grew by no more than %d KiB: the check finds nothing", (most-before)>>10)
+		}
+	})
+}
+
+func last(said []string) string {
+	if len(said) == 0 {
+		return ""
+	}
+	return said[len(said)-1]
+}
