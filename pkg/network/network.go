@@ -230,6 +230,8 @@ func (m *Manager) del(ctx context.Context, id string, rec record) error {
 	}
 	if !held {
 		netns = "" // CNI's way to say that it is gone
+	} else if err := m.ready(ctx, netns, dir, rec); err != nil {
+		return err
 	}
 	conf, cni := runtimeConf(id, netns), m.cni(rec, dir, lock)
 	if _, err := cni.GetNetworkListCachedResult(list, conf); err != nil {
@@ -240,6 +242,19 @@ func (m *Manager) del(ctx context.Context, id string, rec record) error {
 		}
 	}
 	return cni.DelNetworkList(ctx, list, conf)
+}
+
+// ready has DEL find the interface as ADD left it, once: what a DEL that began has taken away is not to come back, for plugins then
+// look for rules that are gone.
+func (m *Manager) ready(ctx context.Context, netns, dir string, rec record) error {
+	if rec.Joined == nil || rec.Leaving {
+		return nil
+	}
+	if err := restore(ctx, netns, *rec.Joined); err != nil {
+		return err
+	}
+	rec.Leaving = true
+	return writeRecord(dir, rec)
 }
 
 // List names every sandbox of which a network has something, so that recovery finds what no record of a workload speaks of.

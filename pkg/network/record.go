@@ -28,6 +28,8 @@ type record struct {
 	PluginDirs []string        `json:"pluginDirs"`
 	// Set once ADD is done.
 	Joined *spec.Network `json:"joined,omitempty"`
+	// Set once DEL is about to run.
+	Leaving bool `json:"leaving,omitempty"`
 }
 
 // writeRecord replaces a record in one step, and answers when it is on the disk: leases outlive the host's boot.

@@ -193,6 +193,24 @@ func TestKilledWhileJoining(t *testing.T) {
 	}
 }
 
+// A workload that may administer its network can delete its interface, or give it other addresses. What the host did for the
+// address it was given is taken back all the same; the leak check looks for masquerading rules and leases.
+func TestNetworkIsLeftWhateverBecameOfTheInterface(t *testing.T) {
+	d := harness.NetworkedDaemon(t)
+	d.Wall("container").Run("--network", "lan", busybox, "true").Run().Want(t, 0) // makes the bridge
+	for _, script := range []string{
+		"ip link del eth0",
+		"ip addr flush dev eth0",
+		"ip addr flush dev eth0; ip addr add 10.71.0.77/24 dev eth0; ip addr add 10.9.9.9/32 dev eth0",
+		"ip link set eth0 down; ip link set eth0 name eth7; ip link add eth0 type dummy || ip link add eth0 type bridge",
+	} {
+		t.Run(script, func(t *testing.T) {
+			d.Watch(t)
+			d.Wall("container").Run("--network", "lan", "--cap-add", "NET_ADMIN", busybox, "sh", "-ec", script).Run().Want(t, 0)
+		})
+	}
+}
+
 // A leak check that finds nothing proves nothing unless it finds what is there.
 func TestNetworkLeakCheckFinds(t *testing.T) {
 	d := harness.NetworkedDaemon(t)
