@@ -26,6 +26,8 @@ type daemon struct {
 	images    sandboxdv1.ImageServiceClient
 	system    sandboxdv1.SystemServiceClient
 	stateDir  string
+	// How sandboxctl is called for it.
+	ctl []string
 }
 
 const (
@@ -43,7 +45,10 @@ func startDaemon(ctx context.Context, o options, dir string) (*daemon, error) {
 		return nil, err
 	}
 	socket := filepath.Join(dir, "sandboxd.sock")
-	d := &daemon{stateDir: filepath.Join(dir, "state")}
+	d := &daemon{
+		stateDir: filepath.Join(dir, "state"),
+		ctl:      []string{filepath.Join(o.bin, "sandboxctl"), "--address", "unix://" + socket},
+	}
 	var err error
 	if d.log, err = os.Create(filepath.Join(dir, "sandboxd.log")); err != nil {
 		return nil, err
