@@ -159,18 +159,28 @@ func startedPID(r *agentv1.ExecResponse) (int, error) {
 // or 126. Starting an id again that already runs answers with that process. After any other error, ctx's end included, the
 // process is ended should it run, and its id is never started again.
 func (c *Client) Start(ctx context.Context, containerID, processID string, p *specs.Process, stdin bool) (*Process, error) {
+	started, _, err := c.start(ctx, containerID, processID, p, stdin, false)
+	return started, err
+}
+
+// start starts a process, with output that was handed over if handed says so. It answers whether the process has that.
+func (c *Client) start(ctx context.Context, containerID, processID string, p *specs.Process, stdin, handed bool) (*Process, bool, error) {
 	encoded, err := json.Marshal(p)
 	if err != nil {
-		return nil, fmt.Errorf("cannot encode the process: %w", err)
+		return nil, false, fmt.Errorf("cannot encode the process: %w", err)
 	}
 	started := c.Process(processID)
+	took := false
 	refused := false
 	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
-		r, err := agent.Exec(ctx, &agentv1.ExecRequest{ContainerId: containerID, ProcessId: processID, OciProcess: encoded, Stdin: stdin})
+		r, err := agent.Exec(ctx, &agentv1.ExecRequest{
+			ContainerId: containerID, ProcessId: processID, OciProcess: encoded, Stdin: stdin, HandedOutput: handed,
+		})
 		if err != nil {
 			return err
 		}
 		refused = r.Failure != nil
+		took = handed && r.HandedOutput
 		started.PID, err = startedPID(r)
 		return err
 	})
@@ -178,9 +188,9 @@ func (c *Client) Start(ctx context.Context, containerID, processID string, p *sp
 		if !refused {
 			c.abandon(started)
 		}
-		return nil, err
+		return nil, false, err
 	}
-	return started, nil
+	return started, took, nil
 }
 
 // Process is a process that was started before, by this client or an earlier daemon's.

@@ -57,6 +57,8 @@ type Client struct {
 	Templates sandboxdv1.TemplateServiceClient
 
 	conn *grpc.ClientConn
+	// Path of the daemon's Unix socket; empty over TCP.
+	socket string
 }
 
 // TLS is what a client needs over TCP: PEM files.
@@ -77,7 +79,12 @@ func Dial(address string) (*Client, error) {
 		return nil, fmt.Errorf("cannot use address %q: it must look like %s, or tcp://HOST:PORT with certificates", address, DefaultAddress)
 	}
 	// The socket's mode says who may connect, and the daemon asks the kernel who did: there is nothing to encrypt.
-	return connect(address, "unix://"+path, insecure.NewCredentials())
+	c, err := connect(address, "unix://"+path, insecure.NewCredentials())
+	if err != nil {
+		return nil, err
+	}
+	c.socket = path
+	return c, nil
 }
 
 // DialTLS makes a client for a daemon at an address such as tcp://10.0.0.1:7443.

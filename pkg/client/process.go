@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 )
@@ -52,19 +53,39 @@ func (c *Client) Exec(ctx context.Context, start *sandboxdv1.ExecStart, stdio St
 		start.Stdin = true
 	}
 	ctx, cancel := context.WithCancel(ctx)
+	pipes := c.pipesFor(ctx, start, stdio)
 	stream, err := c.Workloads.Exec(ctx)
 	if err != nil {
 		cancel()
+		pipes.drop()
 		return nil, err
 	}
 	// An error of Send is told by Recv.
 	_ = stream.Send(&sandboxdv1.ExecRequest{Request: &sandboxdv1.ExecRequest_Start{Start: start}})
+	if pipes != nil {
+		start.OutputPipes = nil // they are for this once
+	}
 	first, err := stream.Recv()
 	if err != nil {
 		cancel()
+		pipes.drop()
 		return nil, noEOF(err)
 	}
-	return newProcess(cancel, execConversation{stream}, first.GetStarted().GetPid(), stdio), nil
+	return newProcess(ctx, cancel, execConversation{stream}, first.GetStarted().GetPid(), stdio, pipes), nil
+}
+
+// pipesFor asks for pipes, and names them in start, for output that goes to a file of this program's (and so to a pipe or a
+// terminal): what is collected in memory is not much, and does without.
+func (c *Client) pipesFor(ctx context.Context, start *sandboxdv1.ExecStart, stdio Stdio) *pipes {
+	if _, ok := stdio.Stdout.(*os.File); !ok || start.GetTerminal() || len(start.GetOutputPipes()) > 0 {
+		return nil
+	}
+	c.conn.Connect() // meanwhile
+	p := askForPipes(ctx, c.socket)
+	if p != nil {
+		start.OutputPipes = p.name
+	}
+	return p
 }
 
 // Attach connects to the workload's own process, also before it is started; it returns when the attachment stands. When
@@ -81,10 +102,11 @@ func (c *Client) Attach(ctx context.Context, start *sandboxdv1.AttachStart, stdi
 		cancel()
 		return nil, noEOF(err)
 	}
-	return newProcess(cancel, attachConversation{stream}, 0, stdio), nil
+	return newProcess(ctx, cancel, attachConversation{stream}, 0, stdio, nil), nil
 }
 
-func newProcess(cancel context.CancelFunc, conv conversation, pid int32, stdio Stdio) *Process {
+// newProcess follows a process whose output comes through pipes, unless they are nil.
+func newProcess(ctx context.Context, cancel context.CancelFunc, conv conversation, pid int32, stdio Stdio, pipes *pipes) *Process {
 	p := &Process{
 		Pid: pid, cancel: cancel, conv: conv,
 		sending: make(chan struct{}, 1), done: make(chan struct{}),
@@ -95,7 +117,12 @@ func newProcess(cancel context.CancelFunc, conv conversation, pid int32, stdio S
 	go func() {
 		defer close(p.done)
 		defer cancel()
-		p.exit, p.err = p.copyOut(orDiscard(stdio.Stdout), orDiscard(stdio.Stderr))
+		stdout, stderr := orDiscard(stdio.Stdout), orDiscard(stdio.Stderr)
+		if pipes == nil {
+			p.exit, p.err = p.copyOut(stdout, stderr)
+		} else {
+			p.exit, p.err = p.carryOut(ctx, pipes, stdout, stderr)
+		}
 	}()
 	return p
 }
@@ -136,6 +163,29 @@ func (p *Process) copyOut(stdout, stderr io.Writer) (*sandboxdv1.ProcessExit, er
 			}
 		}
 	}
+}
+
+// carryOut is copyOut where output comes through pipes.
+func (p *Process) carryOut(ctx context.Context, pipes *pipes, stdout, stderr io.Writer) (*sandboxdv1.ProcessExit, error) {
+	defer context.AfterFunc(ctx, pipes.close)()
+	pipes.carry(stdout, stderr, p.cancel)
+	exit, err := p.copyOut(stdout, stderr)
+	var carryErr error
+	if err == nil {
+		carryErr = pipes.finish()
+	} else {
+		carryErr = pipes.giveUp()
+	}
+	if carryErr != nil {
+		return nil, fmt.Errorf("cannot write the process's output: %w", carryErr)
+	}
+	if err == nil {
+		err = ctx.Err() // then not all of it may have come
+	}
+	if err != nil {
+		return nil, err
+	}
+	return exit, nil
 }
 
 func (p *Process) copyIn(stdin io.Reader) {

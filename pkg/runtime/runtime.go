@@ -92,6 +92,13 @@ type OwnKernel interface {
 	HasOwnKernel()
 }
 
+// Adopter is an Instance whose processes run on this host's kernel: what Dial answers with is a Unix socket, over which its
+// agent can be handed descriptors. No descriptor is taken from it.
+type Adopter interface {
+	// Adopt makes a pipe the sandbox's own, by its owner: its root may then give it to whoever is to write to it.
+	Adopt(pipe *os.File) error
+}
+
 // Explainer is an instance that can say why it ended.
 type Explainer interface {
 	// Why is one sentence, once Done is closed; empty if nothing is known. Parts of it come from inside: it is bounded and

@@ -65,6 +65,8 @@ func fillScalar(fd protoreflect.FieldDescriptor, n *uint64) protoreflect.Value {
 		return protoreflect.ValueOfInt32(int32(*n))
 	case protoreflect.Int64Kind:
 		return protoreflect.ValueOfInt64(int64(*n))
+	case protoreflect.BytesKind:
+		return protoreflect.ValueOfBytes(fmt.Appendf(nil, "%s-%d", fd.Name(), *n))
 	case protoreflect.EnumKind:
 		// The last one: zero is unspecified.
 		values := fd.Enum().Values()
@@ -103,6 +105,7 @@ func TestExecCarriesEveryField(t *testing.T) {
 		Id:      start.GetId(), // names the workload, no part of the process
 		Command: back.GetCommand(), Env: back.GetEnv(), User: back.GetUser(), WorkingDir: back.GetWorkingDir(),
 		Terminal: back.GetTerminal(), Stdin: back.GetStdin(), TerminalSize: back.GetTerminalSize(),
+		OutputPipes: start.GetOutputPipes(), // where its output goes, no part of it either
 	}
 	if d := diff(start, got); d != "" {
 		t.Errorf("an exec changed on the way:\n%s", d)

@@ -46,7 +46,7 @@ func (s *workloadService) Exec(stream grpc.BidiStreamingServer[sandboxdv1.ExecRe
 	if err := checkArgs("start.command", start.GetCommand()); err != nil {
 		return err
 	}
-	session, err := s.Workloads.Exec(stream.Context(), start.GetId(), execFromAPI(start))
+	session, err := s.exec(stream.Context(), start)
 	if err != nil {
 		return err
 	}
@@ -75,6 +75,19 @@ func (s *workloadService) Exec(stream grpc.BidiStreamingServer[sandboxdv1.ExecRe
 		},
 		endClosesStdin: true,
 	})
+}
+
+// exec starts a process whose output comes through the stream, or through pipes that the caller has.
+func (s *workloadService) exec(ctx context.Context, start *sandboxdv1.ExecStart) (workload.Session, error) {
+	if len(start.GetOutputPipes()) == 0 {
+		return s.Workloads.Exec(ctx, start.GetId(), execFromAPI(start))
+	}
+	caller, _ := callerOf(ctx)
+	ends, err := s.pipes.take(start.GetOutputPipes(), caller.Key())
+	if err != nil {
+		return nil, err
+	}
+	return s.Workloads.ExecInto(ctx, start.GetId(), execFromAPI(start), ends)
 }
 
 func (s *workloadService) Attach(stream grpc.BidiStreamingServer[sandboxdv1.AttachRequest, sandboxdv1.AttachResponse]) error {

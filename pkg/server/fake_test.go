@@ -26,21 +26,22 @@ const patience = 30 * time.Second
 // fakeWorkloads answers with what a test put in; a method that it did not expect panics, which fails the call.
 type fakeWorkloads struct {
 	Workloads
-	create  func(context.Context, workload.CreateOptions) (workload.Workload, error)
-	get     func(ref string) (workload.Workload, error)
-	list    func(workload.Filter, int, string) ([]workload.Workload, string, error)
-	wait    func(context.Context, string) (workload.Workload, error)
-	stop    func(context.Context, string, time.Duration) (workload.Workload, error)
-	logs    func(context.Context, string, workload.LogOptions, func(workload.LogEntry) error) error
-	watch   func(context.Context, string, time.Time, func(workload.Event) error) error
-	exec    func(context.Context, string, spec.Process) (workload.Session, error)
-	attach  func(context.Context, string, bool) (workload.Session, error)
-	copyIn  func(ctx context.Context, ref, path string, r io.Reader) error
-	copyOut func(ctx context.Context, ref, path string, w io.Writer) error
-	update  func(change func(*spec.Resources)) error
-	explain func(context.Context, workload.CreateOptions) (policy.Decision, error)
-	inUse   func(string) bool
-	events  chan workload.Event
+	create   func(context.Context, workload.CreateOptions) (workload.Workload, error)
+	get      func(ref string) (workload.Workload, error)
+	list     func(workload.Filter, int, string) ([]workload.Workload, string, error)
+	wait     func(context.Context, string) (workload.Workload, error)
+	stop     func(context.Context, string, time.Duration) (workload.Workload, error)
+	logs     func(context.Context, string, workload.LogOptions, func(workload.LogEntry) error) error
+	watch    func(context.Context, string, time.Time, func(workload.Event) error) error
+	exec     func(context.Context, string, spec.Process) (workload.Session, error)
+	attach   func(context.Context, string, bool) (workload.Session, error)
+	execInto func(context.Context, string, spec.Process, *workload.OutputPipes) (workload.Session, error)
+	copyIn   func(ctx context.Context, ref, path string, r io.Reader) error
+	copyOut  func(ctx context.Context, ref, path string, w io.Writer) error
+	update   func(change func(*spec.Resources)) error
+	explain  func(context.Context, workload.CreateOptions) (policy.Decision, error)
+	inUse    func(string) bool
+	events   chan workload.Event
 }
 
 func (f *fakeWorkloads) Create(ctx context.Context, o workload.CreateOptions) (workload.Workload, error) {
@@ -64,6 +65,9 @@ func (f *fakeWorkloads) Watch(ctx context.Context, ref string, since time.Time, 
 }
 func (f *fakeWorkloads) Exec(ctx context.Context, ref string, p spec.Process) (workload.Session, error) {
 	return f.exec(ctx, ref, p)
+}
+func (f *fakeWorkloads) ExecInto(ctx context.Context, ref string, p spec.Process, pipes *workload.OutputPipes) (workload.Session, error) {
+	return f.execInto(ctx, ref, p, pipes)
 }
 func (f *fakeWorkloads) Attach(ctx context.Context, ref string, fromStart bool) (workload.Session, error) {
 	return f.attach(ctx, ref, fromStart)

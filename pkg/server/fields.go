@@ -163,6 +163,7 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.ExecStart.terminal":      {free: inside, audited: true},
 	"sandboxd.v1.ExecStart.stdin":         {free: inside, audited: true},
 	"sandboxd.v1.ExecStart.terminal_size": {free: inside},
+	"sandboxd.v1.ExecStart.output_pipes":  {free: "pipes made for this very caller, who alone reads from them"},
 
 	"sandboxd.v1.AttachRequest.start":       {free: parts},
 	"sandboxd.v1.AttachRequest.stdin":       {free: inside},

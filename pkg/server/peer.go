@@ -24,6 +24,7 @@ type peerCredentials struct {
 	// Nil refuses TCP.
 	tls   *TLSFiles
 	crowd *crowd
+	pipes *pipes
 }
 
 // peerInfo is what peerCredentials learned.
@@ -53,6 +54,16 @@ func (c peerCredentials) unixHandshake(conn *net.UnixConn) (net.Conn, credential
 	}
 	counted, err := c.crowd.enter(caller.Key(), conn)
 	if err != nil {
+		return nil, nil, err
+	}
+	first, err := firstByte(conn)
+	if err == nil && first != http2First {
+		if err = c.pipes.offer(conn, caller.Key()); err == nil {
+			err = credentials.ErrConnDispatched
+		}
+	}
+	if err != nil {
+		counted.Close()
 		return nil, nil, err
 	}
 	// The bytes never leave the host's kernel.

@@ -54,6 +54,7 @@ type views interface {
 
 type processes interface {
 	Exec(ctx context.Context, ref string, p spec.Process) (workload.Session, error)
+	ExecInto(ctx context.Context, ref string, p spec.Process, pipes *workload.OutputPipes) (workload.Session, error)
 	Attach(ctx context.Context, ref string, fromStart bool) (workload.Session, error)
 	CopyIn(ctx context.Context, ref, path string, r io.Reader) error
 	CopyOut(ctx context.Context, ref, path string, w io.Writer) error

@@ -89,6 +89,7 @@ type Server struct {
 	Config
 	access    atomic.Pointer[access.Table]
 	crowd     *crowd
+	pipes     *pipes
 	grpc      *grpc.Server
 	health    *health.Server
 	validator protovalidate.Validator
@@ -108,11 +109,11 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make the request validator: %w", err)
 	}
-	s := &Server{Config: c, validator: validator, health: health.NewServer(), crowd: newCrowd()}
+	s := &Server{Config: c, validator: validator, health: health.NewServer(), crowd: newCrowd(), pipes: newPipes()}
 	s.SetAccess(cmp.Or(c.Access, access.Everybody()))
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(
-		grpc.Creds(peerCredentials{tls: c.TLS, crowd: s.crowd}),
+		grpc.Creds(peerCredentials{tls: c.TLS, crowd: s.crowd, pipes: s.pipes}),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.UnaryInterceptor(s.interceptUnary),
 		grpc.StreamInterceptor(s.interceptStream),

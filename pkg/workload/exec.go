@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"errors"
 	"strconv"
 	"syscall"
 	"time"
@@ -15,6 +16,14 @@ import (
 // Exec starts a further process in a running workload. Empty User, WorkingDir and Env come from the workload;
 // Process.Command is the whole argv.
 func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session, error) {
+	s, err := m.exec(ctx, ref, p, nil)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (m *Manager) exec(ctx context.Context, ref string, p spec.Process, pipes *OutputPipes) (*execSession, error) {
 	e, err := m.find(ref)
 	if err != nil {
 		return nil, err
@@ -35,13 +44,20 @@ func (m *Manager) Exec(ctx context.Context, ref string, p spec.Process) (Session
 	if err != nil {
 		return nil, err
 	}
-	proc, err := r.client.Start(ctx, containerID, "exec-"+id, process, p.Stdin)
+	if pipes != nil && p.Terminal {
+		return nil, spec.Invalidf("start.output_pipes", "a terminal's output does not come through pipes")
+	}
+	proc, handed, err := r.startExec(ctx, "exec-"+id, process, p.Stdin, pipes)
 	if err != nil {
 		return nil, e.sessionError(err)
 	}
 	fault.At("exec", "process started")
 	s := newExecSession(e, r, proc, p.Command[0])
 	s.stdin.synced = true
+	s.pipes, s.handed = pipes, handed
+	if err := s.preparePipes(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
 	e.announce(EventExecStarted, map[string]string{"command": s.command})
 	return s, nil
 }
@@ -55,6 +71,9 @@ type execSession struct {
 	stdin   stdin
 	exited  bool
 	linger  time.Duration
+	// Where the caller reads the output, nil for from Output; and whether the process writes there itself.
+	pipes  *OutputPipes
+	handed bool
 	// running ends with the process.
 	running context.Context
 	ends    context.CancelFunc
@@ -62,7 +81,30 @@ type execSession struct {
 
 func (s *execSession) PID() int { return s.proc.PID }
 
+// preparePipes: the process has its own by now, and the output ends with that.
+func (s *execSession) preparePipes() error {
+	switch {
+	case s.pipes == nil:
+		return nil
+	case s.handed:
+		s.pipes.Close()
+		return nil
+	}
+	return s.pipes.reopen()
+}
+
 func (s *execSession) Output(ctx context.Context, fn func(Stream, []byte) error) error {
+	switch {
+	case s.handed:
+		return nil
+	case s.pipes != nil:
+		defer s.pipes.Close()
+		fn = func(stream Stream, data []byte) error { return s.pipes.fill(ctx, stream, data) }
+	}
+	return s.eachPiece(ctx, fn)
+}
+
+func (s *execSession) eachPiece(ctx context.Context, fn func(Stream, []byte) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	// One piece ahead of fn: the agent reads from the process, and sends, while the caller is sent what came before. That
 	// acknowledges what fn has not had yet, but nobody asks for it again: a session does not outlive its caller.
@@ -167,6 +209,9 @@ func (s *execSession) ended(ctx context.Context, err error) (spec.Exit, bool) {
 const sessionCloseLimit = 10 * time.Second
 
 func (s *execSession) Close() error {
+	if s.pipes != nil {
+		s.pipes.Close()
+	}
 	ctx, cancel := context.WithTimeout(s.e.m.ctx, sessionCloseLimit)
 	defer cancel()
 	s.ends()

@@ -20,10 +20,16 @@ func (s *Service) Exec(ctx context.Context, r *agentv1.ExecRequest) (*agentv1.Ex
 	if err := decodeConfig(r.OciProcess, config); err != nil {
 		return nil, err
 	}
-	return s.exec(ctx, r.ContainerId, r.ProcessId, config, r.Stdin)
+	return s.exec(ctx, r.ContainerId, r.ProcessId, config, wiring{stdin: r.Stdin, handed: r.HandedOutput})
 }
 
-func (s *Service) exec(ctx context.Context, containerID, processID string, config *specs.Process, stdin bool) (*agentv1.ExecResponse, error) {
+// wiring is what a process's streams are, where it has no terminal.
+type wiring struct {
+	stdin  bool // whether input will be written
+	handed bool // whether the daemon hands over where output goes
+}
+
+func (s *Service) exec(ctx context.Context, containerID, processID string, config *specs.Process, w wiring) (*agentv1.ExecResponse, error) {
 	if err := checkID(processID); err != nil {
 		return nil, err
 	}
@@ -41,7 +47,7 @@ func (s *Service) exec(ctx context.Context, containerID, processID string, confi
 	}
 	if isNew {
 		// Not bound to ctx: a start that is under way when the connection is lost goes on, and the daemon asks again.
-		p.started.set(s.launch(p, c, orders, config.ConsoleSize, stdin))
+		p.started.set(s.launch(p, c, orders, config.ConsoleSize, w))
 	}
 	return s.answer(ctx, p)
 }
@@ -50,7 +56,7 @@ func (s *Service) exec(ctx context.Context, containerID, processID string, confi
 func (s *Service) answer(ctx context.Context, p *process) (*agentv1.ExecResponse, error) {
 	err := p.started.wait(ctx)
 	if err == nil {
-		return &agentv1.ExecResponse{Pid: int32(p.pid)}, nil
+		return &agentv1.ExecResponse{Pid: int32(p.pid), HandedOutput: p.handed}, nil
 	}
 	if ctx.Err() != nil {
 		return nil, err
@@ -99,13 +105,18 @@ func newConfined(p *specs.Process, filter []byte) (*confined, error) {
 }
 
 // launch makes p's streams and starts it.
-func (s *Service) launch(p *process, c *container, orders *confined, size *specs.Box, stdin bool) error {
+func (s *Service) launch(p *process, c *container, orders *confined, size *specs.Box, w wiring) error {
 	streams := &streams{null: c.root.null}
 	var err error
 	if orders.Terminal {
 		err = streams.terminal(p, c.root.pts, size)
 	} else {
-		err = streams.pipes(p, stdin)
+		err = streams.pipes(p, w.stdin)
+		if err == nil && w.handed {
+			err = streams.handed(p, &s.handover)
+		} else if err == nil {
+			err = streams.output(p)
+		}
 	}
 	if err == nil {
 		p.pid, err = s.wall.spawn(orders, streams.child, p.end)
@@ -140,7 +151,6 @@ func (st *streams) terminal(p *process, pts *os.File, size *specs.Box) error {
 }
 
 func (st *streams) pipes(p *process, stdin bool) error {
-	p.output = newRing(2)
 	st.child[0] = st.null
 	if stdin {
 		theirs, ours, err := newInputPipe()
@@ -151,6 +161,25 @@ func (st *streams) pipes(p *process, stdin bool) error {
 		st.child[0] = theirs
 		p.input = &input{file: ours}
 	}
+	return nil
+}
+
+// handed uses what the daemon handed over: whoever holds the other ends reads what the process writes.
+func (st *streams) handed(p *process, h *handover) error {
+	files, err := h.take(p.id)
+	if err != nil {
+		return err
+	}
+	st.own = append(st.own, files...)
+	copy(st.child[1:], files)
+	p.output = newRing(0)
+	p.handed = true
+	return nil
+}
+
+// output has the agent read and keep what the process writes.
+func (st *streams) output(p *process) error {
+	p.output = newRing(2)
 	for i, stream := range []agentv1.Stream{agentv1.Stream_STREAM_STDOUT, agentv1.Stream_STREAM_STDERR} {
 		ours, theirs, err := newOutputPipe()
 		if err != nil {

@@ -41,7 +41,7 @@ func (s *Service) doLaunch(encoded []byte) (*agentv1.LaunchResult, error) {
 	if config.Process == nil {
 		return nil, invalid("the container has no process")
 	}
-	process, err := s.exec(ctx, l.Container.ContainerId, l.ProcessId, config.Process, l.Stdin)
+	process, err := s.exec(ctx, l.Container.ContainerId, l.ProcessId, config.Process, wiring{stdin: l.Stdin})
 	if err != nil {
 		return nil, err
 	}

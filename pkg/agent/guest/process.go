@@ -23,6 +23,7 @@ type process struct {
 	// What follows is set before started is done and constant from then on.
 	pid      int
 	output   *ring
+	handed   bool       // whether the agent has no part in its output
 	input    *input     // nil when it reads /dev/null
 	terminal *os.File   // the master, which is also in files; nil without a terminal
 	files    []*os.File // the agent's ends of its output

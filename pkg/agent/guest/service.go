@@ -24,6 +24,7 @@ import (
 type Service struct {
 	wall      wall
 	processes table
+	handover  handover
 	// Closed when Shutdown has ended every process.
 	over     chan struct{}
 	overOnce sync.Once
@@ -52,6 +53,7 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	agentv1.RegisterAgentServiceService(server, s)
+	l = newSortingListener(l, &s.handover)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(ctx, rogue(l)) }()
 	select {

@@ -45,7 +45,10 @@ type held struct {
 	mounts *os.File
 }
 
-var _ runtime.CleanKiller = (*instance)(nil)
+var (
+	_ runtime.CleanKiller = (*instance)(nil)
+	_ runtime.Adopter     = (*instance)(nil)
+)
 
 // newInstance watches a booted agent. It takes over pidfd and what is held.
 func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, h held) *instance {
@@ -190,6 +193,14 @@ func (i *instance) Usage() (spec.Usage, error) {
 		return spec.Usage{}, err
 	}
 	return u, nil
+}
+
+// Adopt implements runtime.Adopter.
+func (i *instance) Adopt(pipe *os.File) error {
+	if err := pipe.Chown(int(i.rec.IDBase), int(i.rec.IDBase)); err != nil {
+		return fmt.Errorf("cannot give a pipe to a sandbox: %w", err)
+	}
+	return nil
 }
 
 func (i *instance) Facts() runtime.Facts { return i.rec.facts() }

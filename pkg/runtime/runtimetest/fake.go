@@ -200,6 +200,7 @@ var (
 	_ runtime.Instance = (*fakeInstance)(nil)
 	_ runtime.Updater  = (*fakeInstance)(nil)
 	_ runtime.Pauser   = (*fakeInstance)(nil)
+	_ runtime.Adopter  = (*fakeInstance)(nil)
 )
 
 func (i *fakeInstance) ended() bool {
@@ -268,6 +269,9 @@ func (i *fakeInstance) Resume() error {
 	i.gate.open()
 	return nil
 }
+
+// Adopt implements runtime.Adopter: its processes are the test's own.
+func (i *fakeInstance) Adopt(*os.File) error { return nil }
 
 func (i *fakeInstance) Facts() runtime.Facts {
 	return runtime.Facts{HostPID: os.Getpid(), AgentTransport: FakeTransport}

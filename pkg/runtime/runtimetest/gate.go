@@ -70,6 +70,14 @@ func (c *gatedConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
+// WriteMsgUnix is of a *net.UnixConn, over which descriptors go.
+func (c *gatedConn) WriteMsgUnix(b, oob []byte, addr *net.UnixAddr) (n, oobn int, err error) {
+	if err := c.gate.pass(c.closed); err != nil {
+		return 0, 0, err
+	}
+	return c.Conn.(*net.UnixConn).WriteMsgUnix(b, oob, addr) //nolint:forcetypeassert // connOf makes no other
+}
+
 func (c *gatedConn) Close() error {
 	c.once.Do(func() { close(c.closed) })
 	return c.Conn.Close()

@@ -1288,8 +1288,19 @@ type ExecStart struct {
 	WorkingDir string `protobuf:"bytes,5,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`
 	Terminal   bool   `protobuf:"varint,6,opt,name=terminal,proto3" json:"terminal,omitempty"`
 	// Whether stdin will be sent. Without it the process reads end of file.
-	Stdin         bool          `protobuf:"varint,7,opt,name=stdin,proto3" json:"stdin,omitempty"`
-	TerminalSize  *TerminalSize `protobuf:"bytes,8,opt,name=terminal_size,json=terminalSize,proto3" json:"terminal_size,omitempty"`
+	Stdin        bool          `protobuf:"varint,7,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	TerminalSize *TerminalSize `protobuf:"bytes,8,opt,name=terminal_size,json=terminalSize,proto3" json:"terminal_size,omitempty"`
+	// Output is to come through two pipes instead of this stream, which then brings only started and exit: the name that the
+	// daemon gave with them. For a caller on the same host who wants much output fast; not with a terminal.
+	//
+	// To get the pipes connect to the daemon's Unix socket once more and send the 16 bytes "sandboxd-pipes/1". The answer is
+	// one message of 16 bytes, the name, with two descriptors (SCM_RIGHTS): the ends to read standard output and standard error
+	// from. Then the connection is closed. An answer without descriptors, or none, means that this way is not open: leave the field
+	// empty. A name is for one exec by the same caller, within ten seconds.
+	//
+	// The exit comes when the process has ended. What it wrote is in the pipes by then; descendants may hold them open. Whoever
+	// closes an end before that ends the process, at the latest when it writes.
+	OutputPipes   []byte `protobuf:"bytes,390,opt,name=output_pipes,json=outputPipes,proto3" json:"output_pipes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1376,6 +1387,13 @@ func (x *ExecStart) GetStdin() bool {
 func (x *ExecStart) GetTerminalSize() *TerminalSize {
 	if x != nil {
 		return x.TerminalSize
+	}
+	return nil
+}
+
+func (x *ExecStart) GetOutputPipes() []byte {
+	if x != nil {
+		return x.OutputPipes
 	}
 	return nil
 }
@@ -2744,7 +2762,7 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"closeStdin\x123\n" +
 	"\x06resize\x18\x04 \x01(\v2\x19.sandboxd.v1.TerminalSizeH\x00R\x06resize\x12#\n" +
 	"\x06signal\x18\x05 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x10H\x00R\x06signalB\x10\n" +
-	"\arequest\x12\x05\xbaH\x02\b\x01\"\xe2\x02\n" +
+	"\arequest\x12\x05\xbaH\x02\b\x01\"\x8f\x03\n" +
 	"\tExecStart\x12\x1a\n" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\x12%\n" +
@@ -2756,7 +2774,8 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"workingDir\x12\x1a\n" +
 	"\bterminal\x18\x06 \x01(\bR\bterminal\x12\x14\n" +
 	"\x05stdin\x18\a \x01(\bR\x05stdin\x12>\n" +
-	"\rterminal_size\x18\b \x01(\v2\x19.sandboxd.v1.TerminalSizeR\fterminalSize\"\f\n" +
+	"\rterminal_size\x18\b \x01(\v2\x19.sandboxd.v1.TerminalSizeR\fterminalSize\x12+\n" +
+	"\foutput_pipes\x18\x86\x03 \x01(\fB\a\xbaH\x04z\x02\x18\x10R\voutputPipes\"\f\n" +
 	"\n" +
 	"CloseStdin\"\xb4\x01\n" +
 	"\fExecResponse\x124\n" +

@@ -743,7 +743,10 @@ type ExecRequest struct {
 	// own /etc/passwd and /etc/group (NAME|UID[:GROUP|GID]) and wins over user.uid.
 	OciProcess []byte `protobuf:"bytes,3,opt,name=oci_process,json=ociProcess,proto3" json:"oci_process,omitempty"`
 	// Whether standard input will be written. Without it the process reads /dev/null.
-	Stdin         bool `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Stdin bool `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	// Standard output and error are pipes that the daemon hands over, on a connection of their own (pkg/spec, HandoverMark).
+	// There is then nothing for ReadOutput to read.
+	HandedOutput  bool `protobuf:"varint,390,opt,name=handed_output,json=handedOutput,proto3" json:"handed_output,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -806,12 +809,21 @@ func (x *ExecRequest) GetStdin() bool {
 	return false
 }
 
+func (x *ExecRequest) GetHandedOutput() bool {
+	if x != nil {
+		return x.HandedOutput
+	}
+	return false
+}
+
 type ExecResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Pid in the sandbox's pid namespace.
 	Pid int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	// Set instead of pid when the process could not be started.
-	Failure       *ExecFailure `protobuf:"bytes,2,opt,name=failure,proto3" json:"failure,omitempty"`
+	Failure *ExecFailure `protobuf:"bytes,2,opt,name=failure,proto3" json:"failure,omitempty"`
+	// That the process writes to what was handed over. An agent of an earlier version does not say so.
+	HandedOutput  bool `protobuf:"varint,391,opt,name=handed_output,json=handedOutput,proto3" json:"handed_output,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -858,6 +870,13 @@ func (x *ExecResponse) GetFailure() *ExecFailure {
 		return x.Failure
 	}
 	return nil
+}
+
+func (x *ExecResponse) GetHandedOutput() bool {
+	if x != nil {
+		return x.HandedOutput
+	}
+	return false
 }
 
 // What a container's agent may be told with its boot message: to do Configure, CreateContainer and Exec of the config's own
@@ -2216,17 +2235,19 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"oci_config\x18\x02 \x01(\fR\tociConfig\x12%\n" +
 	"\x0eseccomp_filter\x18\x03 \x01(\fR\rseccompFilter\x12\"\n" +
 	"\fagent_filter\x18\x98\x02 \x01(\fR\vagentFilter\"\x19\n" +
-	"\x17CreateContainerResponse\"\x86\x01\n" +
+	"\x17CreateContainerResponse\"\xac\x01\n" +
 	"\vExecRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1d\n" +
 	"\n" +
 	"process_id\x18\x02 \x01(\tR\tprocessId\x12\x1f\n" +
 	"\voci_process\x18\x03 \x01(\fR\n" +
 	"ociProcess\x12\x14\n" +
-	"\x05stdin\x18\x04 \x01(\bR\x05stdin\"Z\n" +
+	"\x05stdin\x18\x04 \x01(\bR\x05stdin\x12$\n" +
+	"\rhanded_output\x18\x86\x03 \x01(\bR\fhandedOutput\"\x80\x01\n" +
 	"\fExecResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x128\n" +
-	"\afailure\x18\x02 \x01(\v2\x1e.sandboxd.agent.v1.ExecFailureR\afailure\"\xc9\x01\n" +
+	"\afailure\x18\x02 \x01(\v2\x1e.sandboxd.agent.v1.ExecFailureR\afailure\x12$\n" +
+	"\rhanded_output\x18\x87\x03 \x01(\bR\fhandedOutput\"\xc9\x01\n" +
 	"\x06Launch\x12A\n" +
 	"\tconfigure\x18\x01 \x01(\v2#.sandboxd.agent.v1.ConfigureRequestR\tconfigure\x12G\n" +
 	"\tcontainer\x18\x02 \x01(\v2).sandboxd.agent.v1.CreateContainerRequestR\tcontainer\x12\x1d\n" +
