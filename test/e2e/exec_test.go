@@ -35,6 +35,7 @@ func TestExec(t *testing.T) {
 			{"the workload's environment and directory", nil, []string{"sh", "-c", "echo $KEPT $PWD"}, "", "yes /var\n", 0},
 			{"its own", []string{"-e", "KEPT=no", "-w", "/tmp", "-u", "app"}, []string{"sh", "-c", "echo $KEPT $PWD $(id -un)"}, "", "no /tmp app\n", 0},
 			{"stdin", []string{"-i"}, []string{"tr", "a-z", "A-Z"}, "shout", "SHOUT", 0},
+			{"standard output by its name", []string{"-u", "app"}, []string{"sh", "-c", "echo named > /proc/self/fd/1"}, "", "named\n", 0},
 			{"flags after the command are the command's", nil, []string{"printf", "%s ", "-e", "-i"}, "", "-e -i ", 0},
 			{"sees the workload", nil, []string{"sh", "-c", "grep -l sleep /proc/[0-9]*/comm | wc -l"}, "", "1\n", 0},
 		} {
