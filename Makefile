@@ -58,6 +58,10 @@ test-e2e: test-assets build ## scenarios through the programs, each in a contain
 test-host: test-assets ## what this machine may lack, in a Debian of its own in QEMU: KVM, kernel vsock, cgroup v2, systemd
 	@scripts/test.sh host
 
+.PHONY: fuzz
+fuzz: ## every fuzz test for FUZZTIME (20s) each
+	@scripts/fuzz.sh
+
 .PHONY: demo
 demo: test-assets build ## one program, one image, two walls: see it work
 	@scripts/demo.sh

@@ -53,6 +53,28 @@ func TestImageLinksAreRefused(t *testing.T) {
 	}
 }
 
+// TestWorkdirThatCannotBe: the workload's own working directory is made with the root; where it cannot be, that is said of what
+// was asked for, and not of the host.
+func TestWorkdirThatCannotBe(t *testing.T) {
+	for name, cwd := range map[string]string{
+		"outside, by a link": "/evil-cwd", "below a file": "/etc/passwd/dir", "up": "/none/../dir", "in a circle": "/round", "too long": "/" + strings.Repeat("x", 300),
+	} {
+		s := bootSandbox(t)
+		for _, link := range [][2]string{{"evil-cwd", "/proc/self/cwd"}, {"round", "/round"}} {
+			if err := os.Symlink(link[1], filepath.Join(s.rootfs, link[0])); err != nil {
+				t.Fatal(err)
+			}
+		}
+		chownTree(t, s.rootfs)
+		config := testConfig()
+		config.Process.Cwd = cwd
+		err := s.CreateContainer(t.Context(), agent.Container{ID: theContainer, Config: config})
+		if spec.KindOf(err) != spec.KindInvalid || !strings.Contains(err.Error(), "cannot make the working directory: "+cwd) {
+			t.Errorf("%s: %v (%v)", name, err, spec.KindOf(err))
+		}
+	}
+}
+
 // TestImageLinksStayInside: links of the image lead to the image, wherever they point.
 func TestImageLinksStayInside(t *testing.T) {
 	outside := t.TempDir()

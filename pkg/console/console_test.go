@@ -1,6 +1,7 @@
 package console
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -104,6 +105,32 @@ func TestHostileSource(t *testing.T) {
 	if q := s.Quote(); len(q) > 2*maxQuote+16 || strings.ContainsFunc(q, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		t.Errorf("quote of %d bytes: %q", len(q), q)
 	}
+}
+
+// FuzzSource: what a guest says on its console, in whatever pieces, comes out as lines that a terminal only shows.
+func FuzzSource(f *testing.F) {
+	f.Add([]byte("line\nand \x1b[2J more\r\n\xff\xfe"), uint8(3))
+	f.Add([]byte(strings.Repeat("\n", 100)), uint8(1))
+	f.Add(bytes.Repeat([]byte{0}, 3*maxLine), uint8(200))
+	f.Fuzz(func(t *testing.T, said []byte, piece uint8) {
+		path := filepath.Join(t.TempDir(), "console.log")
+		s := open(t, path).Source("", nil)
+		for step := 1 + 16*int(piece); len(said) > 0; {
+			n := min(step, len(said))
+			if _, err := s.Write(said[:n]); err != nil {
+				t.Fatal(err)
+			}
+			said = said[n:]
+		}
+		if err := s.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range readAll(t, path) {
+			if len(line) > maxStored || strings.ContainsFunc(line, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("a line of %d bytes: %q", len(line), line)
+			}
+		}
+	})
 }
 
 func TestQuoteKeepsBothEnds(t *testing.T) {

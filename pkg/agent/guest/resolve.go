@@ -36,6 +36,9 @@ func openIn(root *os.File, path string, flags int, how uint64) (*os.File, error)
 	}
 }
 
+// errDotDot: nothing is made along a path that goes up.
+var errDotDot = errors.New("it has .. in it")
+
 // makeDirIn opens the directory path in root, making what is missing of it with root as owner.
 func makeDirIn(root *os.File, path string, perm uint32, how uint64) (*os.File, error) {
 	const dirFlags = unix.O_PATH | unix.O_DIRECTORY
@@ -48,7 +51,7 @@ func makeDirIn(root *os.File, path string, perm uint32, how uint64) (*os.File, e
 			continue
 		}
 		if part == ".." {
-			return nil, fmt.Errorf("cannot make %s: it has .. in it", path)
+			return nil, fmt.Errorf("cannot make %s: %w", path, errDotDot)
 		}
 		parent, err := openIn(root, at, dirFlags, how)
 		if err != nil {

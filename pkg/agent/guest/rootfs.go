@@ -11,6 +11,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
@@ -97,11 +98,19 @@ func (r *rootfs) makeWorkdir() error {
 		return nil
 	}
 	dir, err := makeDirIn(r.dir, r.config.Process.Cwd, 0o755, 0)
+	for _, fault := range workdirFaults {
+		if errors.Is(err, fault) {
+			return &stageFailure{agentv1.ExecFailure_REASON_BAD_WORKDIR, fmt.Sprintf("%s: %v", r.config.Process.Cwd, err)}
+		}
+	}
 	if err != nil {
 		return err
 	}
 	return dir.Close()
 }
+
+// workdirFaults are what is wrong with a working directory that the image cannot have, by no fault of this host's.
+var workdirFaults = []error{errDotDot, unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.EXDEV, unix.ENAMETOOLONG, unix.EEXIST}
 
 func (r *rootfs) mounts() error {
 	for _, m := range r.config.Mounts {

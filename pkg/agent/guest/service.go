@@ -153,6 +153,9 @@ func (s *Service) createContainer(r *agentv1.CreateContainerRequest) (*specs.Spe
 	root, err := s.wall.enter(config, r.AgentFilter)
 	if err != nil {
 		s.broken = err
+		if asFailure(err) != nil { // by what was asked for
+			return nil, invalid("cannot create the container: %v", err)
+		}
 		return nil, internal("cannot create the container: %v", err)
 	}
 	s.container = &container{id: r.ContainerId, filter: r.SeccompFilter, root: root}

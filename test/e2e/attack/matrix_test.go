@@ -307,8 +307,8 @@ func matrixInVM(t *testing.T, w harness.Wall, file string) {
 
 // Protections whose controls are elsewhere, and steps that protect from nothing, with where and why.
 var elsewhere = map[string]string{
-	"be undumpable":                     "TestAgentStaysClosed",
-	"seal the agent":                    "TestAgentStaysClosed",
+	"be undumpable":                     "TestNegativeControls",
+	"seal the agent":                    "TestNegativeControls",
 	"bound answers":                     "TestRogueAgent",
 	"tell how processes end":            "TestRogueAgent, where it is no protection but an attack",
 	"check directories":                 "TestLinkedDirectories",
