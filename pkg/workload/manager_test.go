@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -330,14 +331,15 @@ func TestExecIsApartFromTheWorkload(t *testing.T) {
 		t.Fatal(err)
 	}
 	input := strings.Repeat("0123456789abcdef", 100000)
-	go func() {
+	var written sync.WaitGroup
+	written.Go(func() {
 		if err := s.Write(h.ctx(), []byte(input)); err != nil {
 			t.Error(err)
 		}
 		if err := s.CloseStdin(h.ctx()); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
 	var out, errs strings.Builder
 	if err := s.Output(h.ctx(), func(st Stream, b []byte) error {
 		if st == Stderr {
@@ -349,6 +351,7 @@ func TestExecIsApartFromTheWorkload(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	written.Wait() // the process may have ended before the answer to the last of it came
 	x, err := s.Wait(h.ctx())
 	if err != nil || x.Code != 6 || out.String() != input || errs.String() != "e\n" {
 		t.Errorf("exit %+v, %d bytes out, stderr %q, %v", x, out.Len(), errs.String(), err)

@@ -26,6 +26,9 @@ import (
 func ServePlain(ctx context.Context, l net.Listener) error {
 	w := &plainWall{children: newChildren()}
 	err := newService(w).Serve(ctx, l)
+	w.mu.Lock()
+	w.closed = true // calls may still be under way
+	w.mu.Unlock()
 	_ = w.signalAll(unix.SIGKILL)
 	w.owned.Wait()
 	return err
@@ -33,8 +36,13 @@ func ServePlain(ctx context.Context, l net.Listener) error {
 
 type plainWall struct {
 	children *children
-	owned    sync.WaitGroup
+
+	mu     sync.Mutex // held while something is begun
+	closed bool
+	owned  sync.WaitGroup
 }
+
+var errPlainClosed = errors.New("the agent has ended")
 
 func (*plainWall) configure(string, time.Time, []byte, *network) error { return nil }
 
@@ -72,6 +80,11 @@ func (w *plainWall) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitSt
 			candidates = append(candidates, dir+"/"+c.Args[0])
 		}
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return 0, errPlainClosed
+	}
 	err := error(unix.ENOENT)
 	for _, program := range candidates {
 		var pid int
@@ -88,6 +101,11 @@ func (w *plainWall) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitSt
 }
 
 func (w *plainWall) copy(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatus, string)) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return 0, errPlainClosed
+	}
 	var own [2]*os.File
 	for i := range own {
 		fd, err := unix.FcntlInt(stdio[i].Fd(), unix.F_DUPFD_CLOEXEC, 3)
