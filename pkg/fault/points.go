@@ -40,7 +40,7 @@ var points = []struct {
 	// pkg/runtime/container.
 	{"container start", container, []string{
 		"directory made", "record", "writable layer", "ids", "cgroup", "socket", "namespaces", "apparmor", "root file system", "agent",
-		"layer there", "layer on a loop device", "image mounted", "layers attached", "agent has its root", "known",
+		"layer there", "layer on a loop device", "image mounted", "layers attached", "known", "agent has its root",
 	}},
 	{"container from the pool", container, []string{"directory named", "layer named"}},
 	{"container end", container, []string{

@@ -12,7 +12,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/sandboxd/sandboxd/pkg/osthread"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -29,15 +28,7 @@ func restore(ctx context.Context, path string, joined spec.Network) error {
 		return fmt.Errorf("cannot open the network namespace: %w", err)
 	}
 	defer netns.Close()
-	return osthread.Run(func() error {
-		if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("cannot enter the network namespace: %w", err)
-		}
-		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err != nil {
-			return fmt.Errorf("cannot ask the kernel: %w", err)
-		}
-		defer h.Close()
+	return within(netns, func(h *netlink.Handle) error {
 		if err := restoreWith(ctx, h, joined.Addresses); err != nil {
 			return fmt.Errorf("cannot bring interface %s back to what it was: %w", ifName, err)
 		}

@@ -31,7 +31,16 @@ const (
 // container has.
 func look(netns *os.File) (spec.Network, error) {
 	var found spec.Network
-	err := osthread.Run(func() error {
+	err := within(netns, func(h *netlink.Handle) (err error) {
+		found, err = lookWith(h)
+		return err
+	})
+	return found, err
+}
+
+// within calls fn with a handle that talks of a network namespace.
+func within(netns *os.File, fn func(*netlink.Handle) error) error {
+	return osthread.Run(func() error {
 		if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("cannot enter the network namespace: %w", err)
 		}
@@ -40,10 +49,8 @@ func look(netns *os.File) (spec.Network, error) {
 			return fmt.Errorf("cannot ask the kernel: %w", err)
 		}
 		defer h.Close()
-		found, err = lookWith(h)
-		return err
+		return fn(h)
 	})
-	return found, err
 }
 
 func lookWith(h *netlink.Handle) (spec.Network, error) {

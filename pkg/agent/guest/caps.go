@@ -62,9 +62,9 @@ func (s capSets) bound(calls *childCalls) {
 		if s.Bounding&(1<<n) != 0 {
 			continue
 		}
-		calls.must(fmt.Sprintf("cannot drop capability %d", n), unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0)
+		call := calls.must(fmt.Sprintf("cannot drop capability %d", n), unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0)
 		if n > unix.CAP_LAST_CAP {
-			calls.list[len(calls.list)-1].pass = unix.EINVAL // this kernel may have fewer
+			call.pass = unix.EINVAL // this kernel may have fewer
 		}
 	}
 }

@@ -57,8 +57,8 @@ const atCwd = ^uintptr(-unix.AT_FDCWD - 1)
 const childReportBytes = 8
 
 // must adds a system call that has to succeed. what says on what, where the step's name does not.
-func (c *childCalls) must(what string, number uintptr, args ...uintptr) {
-	c.add(mustSucceed, what, number, args...)
+func (c *childCalls) must(what string, number uintptr, args ...uintptr) *childCall {
+	return c.add(mustSucceed, what, number, args...)
 }
 
 func (c *childCalls) add(kind childCallKind, what string, number uintptr, args ...uintptr) *childCall {

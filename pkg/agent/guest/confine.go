@@ -103,8 +103,7 @@ func (c *confined) plan(status uintptr) (*childCalls, *stageFailure) {
 		}
 	}
 	ready := []byte{childReady}
-	calls.must("", unix.SYS_WRITE, status, address(calls, &ready[0]), 1)
-	calls.list[len(calls.list)-1].step = reportStep
+	calls.must("", unix.SYS_WRITE, status, address(calls, &ready[0]), 1).step = reportStep
 	if err := c.execute(calls); err != nil {
 		return nil, &stageFailure{agentv1.ExecFailure_REASON_NOT_FOUND, err.Error()}
 	}

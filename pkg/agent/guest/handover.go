@@ -223,7 +223,7 @@ func receiveHandover(conn *net.UnixConn) (id string, files []*os.File) {
 		return "", nil
 	}
 	id, ok := handoverID(message[:n])
-	fds := rightsOf(control[:controlLen])
+	fds, _ := passedDescriptors(control[:controlLen]) // what can't be read is missing below
 	for _, fd := range fds {
 		files = append(files, os.NewFile(uintptr(fd), "output"))
 	}
@@ -240,17 +240,4 @@ func handoverID(message []byte) (string, bool) {
 		return "", false
 	}
 	return string(message[1:]), true
-}
-
-func rightsOf(control []byte) (fds []int) {
-	messages, err := unix.ParseSocketControlMessage(control)
-	if err != nil {
-		return nil
-	}
-	for _, m := range messages {
-		if some, err := unix.ParseUnixRights(&m); err == nil {
-			fds = append(fds, some...)
-		}
-	}
-	return fds
 }

@@ -26,10 +26,10 @@ func FuzzHandoverID(f *testing.F) {
 	})
 }
 
-func FuzzRightsOf(f *testing.F) {
+func FuzzPassedDescriptors(f *testing.F) {
 	f.Add(unix.UnixRights())
 	f.Add([]byte{16, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0})
-	f.Fuzz(func(_ *testing.T, control []byte) { rightsOf(control) })
+	f.Fuzz(func(_ *testing.T, control []byte) { _, _ = passedDescriptors(control) })
 }
 
 // sorted is a listener with a handover behind it.

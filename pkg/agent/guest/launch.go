@@ -25,9 +25,12 @@ func (s *Service) launchAtBoot(encoded []byte) []byte {
 }
 
 func (s *Service) doLaunch(encoded []byte) (*agentv1.LaunchResult, error) {
-	l := &agentv1.Launch{Configure: &agentv1.ConfigureRequest{}, Container: &agentv1.CreateContainerRequest{}}
+	l := &agentv1.Launch{}
 	if err := proto.Unmarshal(encoded, l); err != nil {
 		return nil, invalid("cannot decode what to launch: %v", err)
+	}
+	if l.Configure == nil || l.Container == nil {
+		return nil, invalid("a launch needs a configuration and a container")
 	}
 	ctx := context.Background() // nothing of it waits for the daemon
 	configured, err := s.Configure(ctx, l.Configure)

@@ -29,6 +29,8 @@ const (
 	launchTimeout = 2 * time.Minute
 	// maxBootResult bounds the agent's answer: base64 of spec.MaxLaunchBytes, and the rest.
 	maxBootResult = 2 * spec.MaxLaunchBytes
+	// maxRefusal bounds what is shown of an agent's reason, in bytes of its own.
+	maxRefusal = 1024
 	// smallBootResult is maxBootResult where nothing is launched.
 	smallBootResult = 4096
 	// crashLogSize is how much of an agent's standard error is kept: the head of a Go crash.
@@ -196,15 +198,25 @@ func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File, l
 	if err != nil || n == 0 {
 		return nil, p.explain(ctx, "cannot read the agent's answer", err)
 	}
+	launched, err := parseBootResult(buf[:n], launch != nil)
+	if err != nil {
+		return nil, p.explain(ctx, "cannot boot the agent", err)
+	}
+	return launched, nil
+}
+
+// parseBootResult reads an agent's answer. After a launch the workload runs, and it may be the one who answers: what it says is
+// bounded, and holds nothing that a terminal would obey.
+func parseBootResult(b []byte, launched bool) ([]byte, error) {
 	var result spec.BootResult
-	if err := json.Unmarshal(buf[:n], &result); err != nil {
-		return nil, p.explain(ctx, "cannot decode the agent's answer", err)
+	if err := json.Unmarshal(b, &result); err != nil {
+		return nil, fmt.Errorf("cannot decode its answer of %d bytes", len(b)) // the decoder's words quote it
 	}
-	if result.Error != "" {
-		return nil, p.explain(ctx, "agent refused its sandbox", errors.New(result.Error))
+	if said := result.Error; said != "" {
+		return nil, fmt.Errorf("it refused its sandbox: %q", said[:min(len(said), maxRefusal)])
 	}
-	if launch != nil && len(result.Launched) == 0 {
-		return nil, p.explain(ctx, "agent was told what to launch", errors.New("it says nothing of that"))
+	if launched && len(result.Launched) == 0 {
+		return nil, errors.New("it was told what to launch, and says nothing of that")
 	}
 	return result.Launched, nil
 }
