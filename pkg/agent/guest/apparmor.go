@@ -6,6 +6,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 )
 
 // appArmorExec is the attribute of this thread that says under which profile it executes its next program; found
@@ -14,23 +16,23 @@ const appArmorExec = "thread-self/attr/apparmor/exec"
 
 // appArmor has the kernel put the workload under its profile at execve. A kernel without AppArmor, or without the profile,
 // refuses.
-func (c *confined) appArmor(calls *childCalls) error {
+func (c *confined) appArmor(calls *rawfork.Calls) error {
 	if c.AppArmor == "" {
 		return nil
 	}
 	if strings.ContainsAny(c.AppArmor, " \n\x00") {
 		return fmt.Errorf("%q is no name of a profile", c.AppArmor)
 	}
-	file, err := calls.text(appArmorExec)
+	file, err := calls.Text(appArmorExec)
 	if err != nil {
 		return err
 	}
-	calls.add(mustOpen, "cannot open "+appArmorExec, unix.SYS_OPENAT, atCwd, file, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	calls.Open("cannot open "+appArmorExec, unix.SYS_OPENAT, rawfork.AtCwd, file, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	// Written to anything else the words would be lost, and the workload unconfined (CVE-2019-16884, CVE-2025-52881).
 	fs := new([unsafe.Sizeof(unix.Statfs_t{}) / 8]uint64) // its first word is f_type
-	calls.add(mustUse, "cannot examine "+appArmorExec, unix.SYS_FSTATFS, 0, address(calls, fs))
-	calls.equal(appArmorExec+" does not lie on a procfs", &fs[0], ^uint64(0), unix.PROC_SUPER_MAGIC)
+	calls.Use("cannot examine "+appArmorExec, unix.SYS_FSTATFS, 0, rawfork.Address(calls, fs))
+	calls.Equal(appArmorExec+" does not lie on a procfs", &fs[0], ^uint64(0), unix.PROC_SUPER_MAGIC)
 	wish := []byte("exec " + c.AppArmor)
-	calls.add(mustUse, "profile "+c.AppArmor, unix.SYS_WRITE, 0, address(calls, &wish[0]), uintptr(len(wish)))
+	calls.Use("profile "+c.AppArmor, unix.SYS_WRITE, 0, rawfork.Address(calls, &wish[0]), uintptr(len(wish)))
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -57,30 +58,30 @@ func newCapSets(c *specs.LinuxCapabilities) (capSets, error) {
 const lastCap = 63
 
 // bound takes every capability out of the child's bounding set that the set does not have.
-func (s capSets) bound(calls *childCalls) {
+func (s capSets) bound(calls *rawfork.Calls) {
 	for n := range lastCap + 1 {
 		if s.Bounding&(1<<n) != 0 {
 			continue
 		}
-		call := calls.must(fmt.Sprintf("cannot drop capability %d", n), unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0)
+		call := calls.Must(fmt.Sprintf("cannot drop capability %d", n), unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(n), 0, 0, 0)
 		if n > unix.CAP_LAST_CAP {
-			call.pass = unix.EINVAL // this kernel may have fewer
+			call.Pass = unix.EINVAL // this kernel may have fewer
 		}
 	}
 }
 
 // apply gives the child exactly these sets.
-func (s capSets) apply(calls *childCalls) {
+func (s capSets) apply(calls *rawfork.Calls) {
 	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	data := &[2]unix.CapUserData{
 		{Effective: uint32(s.Effective), Permitted: uint32(s.Permitted), Inheritable: uint32(s.Inheritable)},
 		{Effective: uint32(s.Effective >> 32), Permitted: uint32(s.Permitted >> 32), Inheritable: uint32(s.Inheritable >> 32)},
 	}
-	calls.must("", unix.SYS_CAPSET, address(calls, header), address(calls, data))
-	calls.must("cannot clear the ambient set", unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+	calls.Must("", unix.SYS_CAPSET, rawfork.Address(calls, header), rawfork.Address(calls, data))
+	calls.Must("cannot clear the ambient set", unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
 	for n := range lastCap + 1 {
 		if s.Ambient&(1<<n) != 0 {
-			calls.must(fmt.Sprintf("cannot raise ambient capability %d", n), unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(n), 0, 0)
+			calls.Must(fmt.Sprintf("cannot raise ambient capability %d", n), unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(n), 0, 0)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
@@ -37,13 +38,13 @@ type confined struct {
 }
 
 // confinement is what happens between the agent's fork and the workload's first instruction, in this order. Each step adds to
-// the system calls that the child makes, the only thing that it can do (childCalls); what it looks up in files is looked up by
+// the system calls that the child makes, the only thing that it can do (rawfork.Calls); what it looks up in files is looked up by
 // the agent, just before the fork. Every step is fatal: the workload runs confined as asked or not at all. User namespaces,
 // cgroups and the root belong to the sandbox, not to the process.
 var confinement = []struct {
 	name   string
 	reason agentv1.ExecFailure_Reason
-	plan   func(*confined, *childCalls) error
+	plan   func(*confined, *rawfork.Calls) error
 	why    string
 }{
 	{"take the streams", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).streams,
@@ -84,13 +85,13 @@ var confinement = []struct {
 const childReady = 'R'
 
 // plan are the calls that confine a child and turn it into the workload.
-func (c *confined) plan(status uintptr) (*childCalls, *stageFailure) {
-	calls := &childCalls{}
+func (c *confined) plan(status uintptr) (*rawfork.Calls, *stageFailure) {
+	calls := &rawfork.Calls{}
 	for i, step := range confinement {
 		if weaken.WithoutIn(c.Env, step.name) {
 			continue
 		}
-		from := len(calls.list)
+		from := calls.Len()
 		if err := step.plan(c, calls); err != nil {
 			var own *stageFailure
 			if errors.As(err, &own) {
@@ -98,12 +99,10 @@ func (c *confined) plan(status uintptr) (*childCalls, *stageFailure) {
 			}
 			return nil, &stageFailure{step.reason, fmt.Sprintf("cannot %s: %v", step.name, err)}
 		}
-		for j := from; j < len(calls.list); j++ {
-			calls.list[j].step = i
-		}
+		calls.Mark(from, i)
 	}
 	ready := []byte{childReady}
-	calls.must("", unix.SYS_WRITE, status, address(calls, &ready[0]), 1).step = reportStep
+	calls.Must("", unix.SYS_WRITE, status, rawfork.Address(calls, &ready[0]), 1).Step = reportStep
 	if err := c.execute(calls); err != nil {
 		return nil, &stageFailure{agentv1.ExecFailure_REASON_NOT_FOUND, err.Error()}
 	}
@@ -117,8 +116,8 @@ const (
 )
 
 // failure explains the call that failed.
-func (c *confined) failure(call *childCall, errno unix.Errno) *stageFailure {
-	switch call.step {
+func (c *confined) failure(call *rawfork.Call, errno unix.Errno) *stageFailure {
+	switch call.Step {
 	case executeStep:
 		if errno == unix.ENOTDIR && !c.named() {
 			errno = unix.ENOENT
@@ -127,9 +126,9 @@ func (c *confined) failure(call *childCall, errno unix.Errno) *stageFailure {
 	case reportStep:
 		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot report to the agent: %v", errno)}
 	}
-	step := confinement[call.step]
-	why := call.what
-	if call.kind != mustEqual {
+	step := confinement[call.Step]
+	why := call.What
+	if !call.Compares() {
 		if why != "" {
 			why += ": "
 		}
@@ -138,34 +137,34 @@ func (c *confined) failure(call *childCall, errno unix.Errno) *stageFailure {
 	return &stageFailure{step.reason, fmt.Sprintf("cannot %s: %s", step.name, why)}
 }
 
-func (c *confined) streams(calls *childCalls) error {
+func (c *confined) streams(calls *rawfork.Calls) error {
 	for i, f := range c.stdio {
 		from := f.Fd()
 		if from < uintptr(len(c.stdio)) { // Go's runtime fills these at the start of every program
 			return fmt.Errorf("descriptor %d is in the way", from)
 		}
-		calls.must(fmt.Sprintf("descriptor %d", i), unix.SYS_DUP3, from, uintptr(i), 0)
+		calls.Must(fmt.Sprintf("descriptor %d", i), unix.SYS_DUP3, from, uintptr(i), 0)
 	}
 	return nil
 }
 
-func (c *confined) closeOthers(calls *childCalls) error {
+func (c *confined) closeOthers(calls *rawfork.Calls) error {
 	if weaken.WithoutIn(c.Env, "close inherited descriptors") {
 		// A descriptor of something outside the root, as runc once left one.
-		here, err := calls.text(".")
-		calls.must("", unix.SYS_OPENAT, atCwd, here, unix.O_PATH)
+		here, err := calls.Text(".")
+		calls.Must("", unix.SYS_OPENAT, rawfork.AtCwd, here, unix.O_PATH)
 		return err
 	}
-	calls.must("", unix.SYS_CLOSE_RANGE, uintptr(len(c.stdio)), uintptr(^uint32(0)), unix.CLOSE_RANGE_CLOEXEC)
+	calls.Must("", unix.SYS_CLOSE_RANGE, uintptr(len(c.stdio)), uintptr(^uint32(0)), unix.CLOSE_RANGE_CLOEXEC)
 	return nil
 }
 
-func (c *confined) session(calls *childCalls) error {
-	calls.must("", unix.SYS_SETSID)
+func (c *confined) session(calls *rawfork.Calls) error {
+	calls.Must("", unix.SYS_SETSID)
 	return nil
 }
 
-func (c *confined) resolve(*childCalls) (err error) {
+func (c *confined) resolve(*rawfork.Calls) (err error) {
 	c.who, err = c.User.resolve()
 	if err != nil {
 		return err
@@ -179,7 +178,7 @@ func (c *confined) resolve(*childCalls) (err error) {
 	return nil
 }
 
-func (c *confined) own(calls *childCalls) error {
+func (c *confined) own(calls *rawfork.Calls) error {
 	for i, f := range c.stdio {
 		var st unix.Stat_t
 		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -199,23 +198,23 @@ func (c *confined) own(calls *childCalls) error {
 		}
 	}
 	if c.Terminal {
-		calls.must("", unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
+		calls.Must("", unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
 	}
 	return nil
 }
 
-func (c *confined) workdir(calls *childCalls) error {
-	dir, err := calls.text(c.Cwd)
+func (c *confined) workdir(calls *rawfork.Calls) error {
+	dir, err := calls.Text(c.Cwd)
 	if err != nil {
 		return err
 	}
-	calls.must(c.Cwd, unix.SYS_CHDIR, dir)
+	calls.Must(c.Cwd, unix.SYS_CHDIR, dir)
 	// The kernel says "(unreachable)/…" for a directory outside the root.
 	cwd := new([unix.PathMax / 8]uint64)
-	calls.must(c.Cwd, unix.SYS_GETCWD, address(calls, cwd), unix.PathMax)
+	calls.Must(c.Cwd, unix.SYS_GETCWD, rawfork.Address(calls, cwd), unix.PathMax)
 	if !weaken.WithoutIn(c.Env, "check the working directory") {
 		slash, mask := firstByte('/'), firstByte(0xff)
-		calls.equal(c.Cwd+" is outside the root", &cwd[0], mask, slash)
+		calls.Equal(c.Cwd+" is outside the root", &cwd[0], mask, slash)
 	}
 	return nil
 }
@@ -223,52 +222,52 @@ func (c *confined) workdir(calls *childCalls) error {
 // firstByte is a word whose first byte in memory is b, all others 0.
 func firstByte(b byte) uint64 { return binary.NativeEndian.Uint64([]byte{b, 7: 0}) }
 
-func (c *confined) limits(calls *childCalls) error {
+func (c *confined) limits(calls *rawfork.Calls) error {
 	for _, l := range c.Rlimits {
-		calls.must(fmt.Sprintf("resource %d to %d, hard %d", l.Resource, l.Soft, l.Hard),
-			unix.SYS_PRLIMIT64, 0, uintptr(l.Resource), address(calls, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}), 0)
+		calls.Must(fmt.Sprintf("resource %d to %d, hard %d", l.Resource, l.Soft, l.Hard),
+			unix.SYS_PRLIMIT64, 0, uintptr(l.Resource), rawfork.Address(calls, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}), 0)
 	}
 	return nil
 }
 
-func (c *confined) bound(calls *childCalls) error {
+func (c *confined) bound(calls *rawfork.Calls) error {
 	c.Caps.bound(calls)
 	return nil
 }
 
-func (c *confined) identify(calls *childCalls) error {
-	calls.must("cannot keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
+func (c *confined) identify(calls *rawfork.Calls) error {
+	calls.Must("cannot keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
 	groups := slices.Clone(c.who.groups) // at least the user's own
-	calls.must(fmt.Sprintf("cannot set groups %v", groups), unix.SYS_SETGROUPS, uintptr(len(groups)), address(calls, &groups[0]))
+	calls.Must(fmt.Sprintf("cannot set groups %v", groups), unix.SYS_SETGROUPS, uintptr(len(groups)), rawfork.Address(calls, &groups[0]))
 	gid, uid := uintptr(c.who.gid), uintptr(c.who.uid)
-	calls.must(fmt.Sprintf("cannot set group %d", gid), unix.SYS_SETRESGID, gid, gid, gid)
-	calls.must(fmt.Sprintf("cannot set user %d", uid), unix.SYS_SETRESUID, uid, uid, uid)
+	calls.Must(fmt.Sprintf("cannot set group %d", gid), unix.SYS_SETRESGID, gid, gid, gid)
+	calls.Must(fmt.Sprintf("cannot set user %d", uid), unix.SYS_SETRESUID, uid, uid, uid)
 	return nil
 }
 
-func (c *confined) capabilities(calls *childCalls) error {
+func (c *confined) capabilities(calls *rawfork.Calls) error {
 	c.Caps.apply(calls)
 	return nil
 }
 
-func (c *confined) mask(calls *childCalls) error {
-	calls.must("", unix.SYS_UMASK, uintptr(c.Umask))
+func (c *confined) mask(calls *rawfork.Calls) error {
+	calls.Must("", unix.SYS_UMASK, uintptr(c.Umask))
 	return nil
 }
 
-func (c *confined) signals(calls *childCalls) error {
-	resetSignals(calls)
+func (c *confined) signals(calls *rawfork.Calls) error {
+	calls.ResetSignals()
 	return nil
 }
 
-func (c *confined) noNewPrivileges(calls *childCalls) error {
+func (c *confined) noNewPrivileges(calls *rawfork.Calls) error {
 	if c.NoNewPrivileges {
-		calls.must("", unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+		calls.Must("", unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 	}
 	return nil
 }
 
-func (c *confined) filter(calls *childCalls) error {
+func (c *confined) filter(calls *rawfork.Calls) error {
 	if len(c.Seccomp) == 0 {
 		return nil
 	}
@@ -279,6 +278,6 @@ func (c *confined) filter(calls *childCalls) error {
 	if err != nil {
 		return err
 	}
-	calls.must("", unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, address(calls, program))
+	calls.Must("", unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, rawfork.Address(calls, program))
 	return nil
 }

@@ -12,11 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 )
 
 func TestParseStatus(t *testing.T) {
 	c := &confined{Args: []string{"x"}}
-	calls := &childCalls{list: []childCall{{step: 4}, {step: reportStep}, {step: executeStep}}}
+	calls := &rawfork.Calls{}
+	for _, step := range []int{4, reportStep, executeStep} {
+		calls.Must("", 0).Step = step
+	}
 	report := func(call, errno uint32) string {
 		return string(binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, call), errno))
 	}

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 )
 
 // fallbackPath is searched when the workload's environment has no PATH.
@@ -16,7 +17,7 @@ const fallbackPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 
 // execute turns the child into the workload. A name without a slash is looked for in the workload's own PATH by trying,
 // as execvp(3) does, so that what is found and what is run can't differ.
-func (c *confined) execute(calls *childCalls) error {
+func (c *confined) execute(calls *rawfork.Calls) error {
 	args, err := syscall.SlicePtrFromStrings(c.Args)
 	if err != nil {
 		return fmt.Errorf("cannot pass the arguments: %w", err)
@@ -36,11 +37,11 @@ func (c *confined) execute(calls *childCalls) error {
 		}
 	}
 	for _, name := range candidates {
-		file, err := calls.text(name)
+		file, err := calls.Text(name)
 		if err != nil {
 			return fmt.Errorf("cannot look for %q: %w", name, err)
 		}
-		calls.add(tryExecute, name, unix.SYS_EXECVE, file, address(calls, &args[0]), address(calls, &env[0])).step = executeStep
+		calls.Execute(name, unix.SYS_EXECVE, file, rawfork.Address(calls, &args[0]), rawfork.Address(calls, &env[0])).Step = executeStep
 	}
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
@@ -236,8 +237,8 @@ func (s *Service) Resize(ctx context.Context, r *agentv1.ResizeRequest) (*agentv
 
 // Signal implements agentv1.AgentServiceService.
 func (s *Service) Signal(ctx context.Context, r *agentv1.SignalRequest) (*agentv1.SignalResponse, error) {
-	if r.Signal < 1 || r.Signal > lastSignal {
-		return nil, invalid("signal %d is not 1 to %d", r.Signal, lastSignal)
+	if r.Signal < 1 || r.Signal > rawfork.LastSignal {
+		return nil, invalid("signal %d is not 1 to %d", r.Signal, rawfork.LastSignal)
 	}
 	p, err := s.processes.get(ctx, r.ProcessId)
 	if err != nil {

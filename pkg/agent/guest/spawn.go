@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/rawfork"
 )
 
 // maxStatusBytes bounds what a child or a stage says.
@@ -45,7 +46,7 @@ func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatu
 	if failure != nil {
 		return 0, failure
 	}
-	pid, err := s.children.start(func() (int, error) { return calls.fork(s.cgroup, theirs.Fd()) }, ended)
+	pid, err := s.children.start(func() (int, error) { return calls.Fork(s.cgroup, theirs.Fd()) }, ended)
 	end()
 	if err != nil {
 		return 0, fmt.Errorf("cannot fork: %w", err)
@@ -67,8 +68,8 @@ func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatu
 }
 
 // parseStatus reads what a child wrote before its pipe closed: see childReady.
-func (c *confined) parseStatus(calls *childCalls, said []byte) *stageFailure {
-	ready := len(said) > 0 && said[0] == childReady && len(said) != childReportBytes
+func (c *confined) parseStatus(calls *rawfork.Calls, said []byte) *stageFailure {
+	ready := len(said) > 0 && said[0] == childReady && len(said) != rawfork.ReportBytes
 	if ready {
 		said = said[1:]
 	}
@@ -78,7 +79,7 @@ func (c *confined) parseStatus(calls *childCalls, said []byte) *stageFailure {
 		}
 		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, "the new process died before it was confined"}
 	}
-	call, errno, err := calls.failedCall(said)
+	call, errno, err := calls.Failed(said)
 	if err != nil {
 		return &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("the new process's report can't be read: %v", err)}
 	}

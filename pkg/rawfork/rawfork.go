@@ -1,4 +1,6 @@
-package guest
+// Package rawfork forks children that make a prepared list of system calls and execute a program. A fork of a program with
+// threads, as every Go program is, leaves the child no other safe thing to do; and each call's failure is told by its number.
+package rawfork
 
 import (
 	"encoding/binary"
@@ -11,35 +13,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// childCalls are what a forked child does between fork and execve: system calls in a straight line, prepared beforehand. In a
+// Calls are what a forked child does between fork and execve: system calls in a straight line, prepared beforehand. In a
 // child of a program with threads nothing else is safe: it has one thread, and whatever lock another held at the fork is
 // held for ever, the memory allocator's included.
-type childCalls struct {
-	list []childCall
+type Calls struct {
+	list []Call
 	// What the arguments point to. The collector does not see them as pointers.
 	keep []any
 }
 
-// childCall is one of them.
-type childCall struct {
-	kind   childCallKind
+// Call is one of them.
+type Call struct {
+	kind   callKind
 	number uintptr
 	args   [6]uintptr
-	// Of the confinement it belongs to; for who reads the report.
-	step int
-	what string
+	// For who reads the report: the step it belongs to, and on what it works where the step's name does not say.
+	Step int
+	What string
 	// A failure that is none; 0 for none.
-	pass unix.Errno
+	Pass unix.Errno
 	// Of mustEqual.
 	word       *uint64
 	mask, want uint64
 }
 
-type childCallKind uint8
+type callKind uint8
 
 const (
 	// mustSucceed: any failure but pass ends the child with a report.
-	mustSucceed childCallKind = iota
+	mustSucceed callKind = iota
 	// mustOpen is mustSucceed, and its result becomes the first argument of each mustUse after it.
 	mustOpen
 	mustUse
@@ -49,56 +51,88 @@ const (
 	tryExecute
 )
 
-// atCwd has a path be looked up from the child's working directory.
-const atCwd = ^uintptr(-unix.AT_FDCWD - 1)
+// AtCwd has a path be looked up from the child's working directory.
+const AtCwd = ^uintptr(-unix.AT_FDCWD - 1)
 
-// A report is what a child that failed writes to its status pipe: the number of the call and of the error, each 4 bytes in
-// the machine's order. Its length is below PIPE_BUF: it comes whole.
-const childReportBytes = 8
+// ReportBytes is the size of a report: what a child that failed writes to its status pipe, the number of the call and of the error,
+// each 4 bytes in the machine's order. It is below PIPE_BUF: a report comes whole.
+//
+// failedCode is what it exits with then.
+const (
+	ReportBytes = 8
+	failedCode  = 1
+)
 
-// must adds a system call that has to succeed. what says on what, where the step's name does not.
-func (c *childCalls) must(what string, number uintptr, args ...uintptr) *childCall {
+// Must adds a system call that has to succeed.
+func (c *Calls) Must(what string, number uintptr, args ...uintptr) *Call {
 	return c.add(mustSucceed, what, number, args...)
 }
 
-func (c *childCalls) add(kind childCallKind, what string, number uintptr, args ...uintptr) *childCall {
-	call := childCall{kind: kind, number: number, what: what}
+// Open is Must, and its result becomes the first argument of each Use after it.
+func (c *Calls) Open(what string, number uintptr, args ...uintptr) *Call {
+	return c.add(mustOpen, what, number, args...)
+}
+
+// Use is Must with the result of the last Open for its first argument.
+func (c *Calls) Use(what string, number uintptr, args ...uintptr) *Call {
+	return c.add(mustUse, what, number, args...)
+}
+
+// Execute adds an execve. If there is no such file, or one that may not be executed, the next call is made.
+func (c *Calls) Execute(what string, number uintptr, args ...uintptr) *Call {
+	return c.add(tryExecute, what, number, args...)
+}
+
+// Len is how many calls there are.
+func (c *Calls) Len() int { return len(c.list) }
+
+// Mark says to which step the calls after the first from belong.
+func (c *Calls) Mark(from, step int) {
+	for i := from; i < len(c.list); i++ {
+		c.list[i].Step = step
+	}
+}
+
+// Compares reports whether it is one that Equal added.
+func (c *Call) Compares() bool { return c.kind == mustEqual }
+
+func (c *Calls) add(kind callKind, what string, number uintptr, args ...uintptr) *Call {
+	call := Call{kind: kind, number: number, What: what}
 	copy(call.args[:], args)
 	c.list = append(c.list, call)
 	return &c.list[len(c.list)-1]
 }
 
-// equal adds a look at a word in memory that an earlier call filled.
-func (c *childCalls) equal(what string, word *uint64, mask, want uint64) {
+// Equal adds a look at a word in memory that an earlier call filled.
+func (c *Calls) Equal(what string, word *uint64, mask, want uint64) {
 	call := c.add(mustEqual, what, 0)
 	call.word, call.mask, call.want = word, mask, want
 }
 
-// address of what p points to, kept alive as long as c is. p comes from the heap: the calls run on this goroutine's stack, and
+// Address of what p points to, kept alive as long as c is. p comes from the heap: the calls run on this goroutine's stack, and
 // that does not move between here and the fork only because p is not on it.
-func address[T any](c *childCalls, p *T) uintptr {
+func Address[T any](c *Calls, p *T) uintptr {
 	c.keep = append(c.keep, p)
 	return uintptr(unsafe.Pointer(p))
 }
 
-// text is the address of a NUL-terminated string.
-func (c *childCalls) text(s string) (uintptr, error) {
+// Text is the address of a NUL-terminated string.
+func (c *Calls) Text(s string) (uintptr, error) {
 	p, err := unix.BytePtrFromString(s)
 	if err != nil {
 		return 0, err
 	}
-	return address(c, p), nil
+	return Address(c, p), nil
 }
 
-// fork forks a child that makes the calls, in a cgroup if there is one, and reports to status, which it must be able to write to.
-// It is called with the lock of children held.
-func (c *childCalls) fork(cgroup *os.File, status uintptr) (int, error) {
+// Fork forks a child that makes the calls, in a cgroup if there is one, and reports to status, which it must be able to write to.
+func (c *Calls) Fork(cgroup *os.File, status uintptr) (int, error) {
 	number, args := uintptr(unix.SYS_CLONE), [2]uintptr{uintptr(unix.SIGCHLD)}
 	if cgroup != nil {
 		clone := &cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: uint64(cgroup.Fd())}
-		number, args = unix.SYS_CLONE3, [2]uintptr{address(c, clone), unsafe.Sizeof(*clone)}
+		number, args = unix.SYS_CLONE3, [2]uintptr{Address(c, clone), unsafe.Sizeof(*clone)}
 	}
-	report := new([childReportBytes]byte)
+	report := new([ReportBytes]byte)
 	pid, errno := forkChild(number, args[0], args[1], c.list, status, report)
 	runtime.KeepAlive(c)
 	runtime.KeepAlive(cgroup)
@@ -110,11 +144,13 @@ func (c *childCalls) fork(cgroup *os.File, status uintptr) (int, error) {
 
 // cloneArgs is struct clone_args (linux/sched.h).
 type cloneArgs struct {
-	flags      uint64
-	_          [3]uint64 // pidfd, child_tid, parent_tid
-	exitSignal uint64
-	_          [5]uint64 // stack, stack_size, tls, set_tid, set_tid_size
-	cgroup     uint64
+	flags            uint64
+	pidfd            uint64    // address of an int
+	_                [2]uint64 // child_tid, parent_tid
+	exitSignal       uint64
+	stack, stackSize uint64
+	_                [3]uint64 // tls, set_tid, set_tid_size
+	cgroup           uint64
 }
 
 // The runtime's own preparations for a fork: signals are blocked, so that no handler runs in the child, and a function that
@@ -133,7 +169,7 @@ func afterFork()
 //
 //go:norace
 //go:noinline
-func forkChild(number, first, second uintptr, list []childCall, status uintptr, report *[childReportBytes]byte) (uintptr, unix.Errno) {
+func forkChild(number, first, second uintptr, list []Call, status uintptr, report *[ReportBytes]byte) (uintptr, unix.Errno) {
 	beforeFork()
 	pid, _, errno := syscall.RawSyscall6(number, first, second, 0, 0, 0, 0)
 	if errno != 0 || pid != 0 {
@@ -148,7 +184,7 @@ func forkChild(number, first, second uintptr, list []childCall, status uintptr, 
 //
 //go:norace
 //go:nosplit
-func runChild(list []childCall, status uintptr, report *[childReportBytes]byte) {
+func runChild(list []Call, status uintptr, report *[ReportBytes]byte) {
 	var opened uintptr
 	var errno syscall.Errno
 	failed := -1
@@ -166,7 +202,7 @@ func runChild(list []childCall, status uintptr, report *[childReportBytes]byte) 
 			first = opened
 		}
 		result, _, e := syscall.RawSyscall6(call.number, first, call.args[1], call.args[2], call.args[3], call.args[4], call.args[5])
-		if e == 0 || e == call.pass {
+		if e == 0 || e == call.Pass {
 			if call.kind == mustOpen {
 				opened = result
 			}
@@ -187,15 +223,15 @@ func runChild(list []childCall, status uintptr, report *[childReportBytes]byte) 
 	}
 	*(*int32)(unsafe.Pointer(&report[0])) = int32(failed)
 	*(*int32)(unsafe.Pointer(&report[4])) = int32(errno)
-	syscall.RawSyscall6(syscall.SYS_WRITE, status, uintptr(unsafe.Pointer(report)), childReportBytes, 0, 0, 0)
+	syscall.RawSyscall6(syscall.SYS_WRITE, status, uintptr(unsafe.Pointer(report)), ReportBytes, 0, 0, 0)
 	for {
-		syscall.RawSyscall6(syscall.SYS_EXIT_GROUP, stageFailedCode, 0, 0, 0, 0, 0)
+		syscall.RawSyscall6(syscall.SYS_EXIT_GROUP, failedCode, 0, 0, 0, 0, 0)
 	}
 }
 
-// failedCall reads a child's report. The child is still the agent's own program when it writes it.
-func (c *childCalls) failedCall(report []byte) (*childCall, unix.Errno, error) {
-	if len(report) != childReportBytes {
+// Failed reads a child's report. A child writes it before it executes another program.
+func (c *Calls) Failed(report []byte) (*Call, unix.Errno, error) {
+	if len(report) != ReportBytes {
 		return nil, 0, fmt.Errorf("a report of %d bytes", len(report))
 	}
 	i := int(int32(binary.NativeEndian.Uint32(report)))

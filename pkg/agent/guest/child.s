@@ -1,1 +1,0 @@
-// Empty: lets child.go declare functions of the runtime without a body.

@@ -1,0 +1,1 @@
+// Empty: lets this package declare functions of the runtime without a body.
