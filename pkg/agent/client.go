@@ -60,6 +60,8 @@ type Client struct {
 	conn     *connection // nil when there is none
 	// Closed while the agent can answer; calls wait for it.
 	awake chan struct{}
+	// Of the process that is being launched.
+	expected *early
 }
 
 // connection is one connection to the agent.

@@ -64,6 +64,7 @@ func (c *Client) Launched(l Launch, answer []byte) (spec.Claims, *Process, error
 		return spec.Claims{}, nil, err
 	}
 	started := c.Process(l.ProcessID)
+	started.early = c.takeExpected()
 	if started.PID, err = startedPID(r.Process); err != nil {
 		return spec.Claims{}, nil, err
 	}

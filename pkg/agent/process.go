@@ -15,6 +15,7 @@ type Process struct {
 	PID int
 
 	client *Client
+	early  *early // nil but for one that was launched
 }
 
 // Chunk is a piece of output.
@@ -28,6 +29,9 @@ type Chunk struct {
 // something or the output has ended. offset acknowledges everything before it: the agent forgets that, and a process whose
 // output is not acknowledged waits once 1 MiB has come together.
 func (p *Process) ReadOutput(ctx context.Context, offset uint64) ([]Chunk, bool, error) {
+	if chunks, eof, ok, err := p.early.first(ctx, offset); ok {
+		return chunks, eof, err
+	}
 	var chunks []Chunk
 	var eof bool
 	err := p.client.poll(ctx, func(ctx context.Context, agent agentv1.AgentServiceService) (bool, error) {
@@ -113,6 +117,9 @@ func (p *Process) Signal(ctx context.Context, sig int, all bool) error {
 
 // Wait answers when the process has ended. Its descendants may still hold its output open.
 func (p *Process) Wait(ctx context.Context) (spec.Exit, error) {
+	if exit, ok, err := p.early.wait(ctx); ok {
+		return exit, err
+	}
 	exit, _, err := p.wait(ctx)
 	return exit, err
 }

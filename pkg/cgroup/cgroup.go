@@ -104,6 +104,11 @@ type hierarchies interface {
 	check(l Limits) error
 	// create makes the group in every hierarchy and sets its limits.
 	create(path string, l Limits) error
+	// prepare and complete are create in two parts: after the first a process can be cloned into the group, and after the second
+	// it can enter the rest by writing "0" to the doors.
+	prepare(path string, l Limits) error
+	complete(path string, l Limits) error
+	doors(path string, l Limits) []string
 	// update brings a group's limits to l, but for Devices. What l does not limit is unlimited afterwards.
 	update(path string, l Limits) error
 	// freeze and thaw only ask; frozen says what has come of it.
@@ -173,8 +178,26 @@ func New(parent, id string, l Limits) (*Group, error) {
 	if err := check(g.h, l); err != nil {
 		return nil, err
 	}
+	return g.made(func() error { return g.h.create(g.path, l) })
+}
+
+// Prepare makes of a new group what a process needs to be cloned into it (see Unified); Complete makes the rest, which the
+// process enters through Doors. That is New in two parts, for who has something to do between them.
+func Prepare(parent, id string, l Limits) (*Group, error) {
+	g, err := open(parent, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := check(g.h, l); err != nil {
+		return nil, err
+	}
+	return g.made(func() error { return g.h.prepare(g.path, l) })
+}
+
+// made makes the group, and checks that it is empty.
+func (g *Group) made(create func() error) (*Group, error) {
 	left := slices.ContainsFunc(g.h.dirs(g.path), exists)
-	if err := g.h.create(g.path, l); err != nil {
+	if err := create(); err != nil {
 		_ = g.remove() // the first error counts
 		return nil, fmt.Errorf("cannot make the cgroup %s: %w", g.path, err)
 	}
@@ -190,6 +213,14 @@ func New(parent, id string, l Limits) (*Group, error) {
 		return nil, fmt.Errorf("cannot make the cgroup %s: it holds process %d already", g.path, pids[0])
 	}
 	return g, nil
+}
+
+// Complete makes the rest of what Prepare began, with the same limits.
+func (g *Group) Complete(l Limits) error {
+	if err := g.h.complete(g.path, l); err != nil {
+		return fmt.Errorf("cannot make the cgroup %s: %w", g.path, err)
+	}
+	return nil
 }
 
 // Limit sets the group's limits anew.
@@ -259,15 +290,47 @@ func RemoveParent(parent string) error {
 	return nil
 }
 
+// Unified opens the group's directory in the cgroup2 hierarchy, for CLONE_INTO_CGROUP; nil where there is no such hierarchy.
+func (g *Group) Unified() (*os.File, error) {
+	if g.unified == "" {
+		return nil, nil
+	}
+	dir, err := os.OpenFile(g.unified, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the cgroup %s: %w", g.path, err)
+	}
+	return dir, nil
+}
+
+// DoorCount is how many files Doors answers with.
+func (g *Group) DoorCount(l Limits) int { return len(g.h.doors(g.path, l)) }
+
+// Doors opens the files through which a process enters a group of such limits, beyond being cloned into it: it writes "0" to
+// each. The kernel lets it, whoever it is, because the caller could. They are the caller's to close.
+func (g *Group) Doors(l Limits) ([]*os.File, error) {
+	var doors []*os.File
+	for _, path := range g.h.doors(g.path, l) {
+		f, err := os.OpenFile(path, os.O_WRONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			for _, d := range doors {
+				_ = d.Close() // nothing was written
+			}
+			return nil, fmt.Errorf("cannot open the cgroup %s: %w", g.path, err)
+		}
+		doors = append(doors, f)
+	}
+	return doors, nil
+}
+
 // Start runs fn so that a process it forks with attr is in the group from its clone on. fn runs on an OS thread that
 // serves nothing else afterwards; it must fork on the goroutine it is called on.
 func (g *Group) Start(fn func(attr *syscall.SysProcAttr) error) error {
 	attr := &syscall.SysProcAttr{}
-	if g.unified != "" {
-		dir, err := os.OpenFile(g.unified, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("cannot open the cgroup %s: %w", g.path, err)
-		}
+	dir, err := g.Unified()
+	if err != nil {
+		return err
+	}
+	if dir != nil {
 		defer dir.Close() //nolint:errcheck // a path descriptor
 		attr.UseCgroupFD, attr.CgroupFD = true, int(dir.Fd())
 	}

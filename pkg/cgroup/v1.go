@@ -81,6 +81,31 @@ func (v v1) create(path string, l Limits) error {
 	return nil
 }
 
+func (v v1) prepare(path string, _ Limits) error {
+	if !v.unified {
+		return nil
+	}
+	return os.MkdirAll(filepath.Join(unifiedMount, path), 0o755)
+}
+
+func (v v1) complete(path string, l Limits) error { return v.create(path, l) }
+
+// doors: a process may be elsewhere than the kernel's tasks of it are, and one that moves itself as a task does so without the
+// lock that moving processes takes.
+func (v1) doors(path string, l Limits) []string {
+	var doors []string
+	for _, c := range controllers {
+		doors = append(doors, filepath.Join(root, string(c.name), path, "tasks"))
+	}
+	if l.CPUSet != "" {
+		doors = append(doors, filepath.Join(root, string(cgroup1.Cpuset), path, "tasks"))
+	}
+	if exists(filepath.Join(root, blkio)) {
+		doors = append(doors, filepath.Join(root, blkio, path, "tasks"))
+	}
+	return doors
+}
+
 func (v1) createOptional(path string, l Limits, r *specs.LinuxResources) error {
 	if l.CPUSet != "" {
 		if err := cgroup1.NewCpuset(root).Create(path, r); err != nil {

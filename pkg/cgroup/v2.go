@@ -58,6 +58,13 @@ func (v v2) create(path string, l Limits) error {
 	return v.rest(path, l, false)
 }
 
+// prepare: a process is cloned into the one group, which should be whole by then.
+func (v v2) prepare(path string, l Limits) error { return v.create(path, l) }
+
+func (v2) complete(string, Limits) error { return nil }
+
+func (v2) doors(string, Limits) []string { return nil }
+
 func v2Resources(l Limits) *cgroup2.Resources {
 	r := &cgroup2.Resources{CPU: &cgroup2.CPU{Cpus: l.CPUSet}, Memory: &cgroup2.Memory{}, Pids: &cgroup2.Pids{}}
 	if l.CPUMillis > 0 {

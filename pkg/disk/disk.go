@@ -41,6 +41,12 @@ const (
 	unfinishedPrefix = "tmp-"
 )
 
+// What is in a new layer.
+const (
+	upperDir, upperMode = "upper", 0o755 // becomes the sandbox's root directory
+	workDir, workMode   = "work", 0o700  // overlayfs's own
+)
+
 // mkfsArgs say what every layer looks like, whatever /etc/mke2fs.conf of the host says.
 var mkfsArgs = []string{
 	"-q", "-F",
@@ -145,8 +151,8 @@ func (m *Maker) formatLocked(name string, size uint64) error {
 		mode fs.FileMode
 	}{
 		{"root", 0o755},
-		{"root/upper", 0o755}, // becomes the sandbox's root directory
-		{"root/work", 0o700},  // overlayfs's own
+		{"root/" + upperDir, upperMode},
+		{"root/" + workDir, workMode},
 	} {
 		if err := os.Mkdir(filepath.Join(dir, d.name), d.mode); err != nil {
 			return err

@@ -38,7 +38,21 @@ type Launcher interface {
 	// Launch is Start, and has the agent do what message says (an encoded agentv1.Launch) before it serves. message is called
 	// once the facts are known, before anything runs; if it fails so does the start. The answer (an encoded
 	// agentv1.LaunchResult) comes from inside: it is bounded, and a claim.
-	Launch(ctx context.Context, s spec.Sandbox, message func(Facts) ([]byte, error)) (Instance, []byte, error)
+	Launch(ctx context.Context, s spec.Sandbox, message func(Launching) ([]byte, error)) (Instance, []byte, error)
+}
+
+// Preparer is a Runtime that may make roots ahead of time; Prepares says whether it looks at spec.Sandbox.Prepare.
+type Preparer interface {
+	Prepares() bool
+}
+
+// Launching is what is known of a sandbox that has no Instance yet.
+type Launching struct {
+	Facts Facts
+	// Dial and Done are the Instance's. What is sent over a connection is read when the agent serves. If there will be no
+	// Instance, Done is never closed.
+	Dial func(ctx context.Context) (net.Conn, error)
+	Done <-chan struct{}
 }
 
 // Instance is a booted sandbox seen from the host. What it says is a fact.

@@ -6,12 +6,18 @@ package spec
 // it come descriptors by SCM_RIGHTS, in this order: the detached root mount, the listening Unix stream socket the
 // agent serves on. The agent answers with a BootResult, closes the socket and serves. It attaches the root only when
 // CreateContainer, by itself or in a Launch, says how.
+//
+// With Prepare it attaches the root at once, answers, and waits for a second message, which has no descriptors; that one it
+// answers as above.
 type ContainerBoot struct {
 	Version int `json:"version"` // ProtocolVersion
 	// Trace has the agent write its phases to standard error, a PhasePrefix before each, for measuring.
 	Trace bool `json:"trace,omitempty"`
 	// An agentv1.Launch that the agent is to do before it answers; empty for none.
 	Launch []byte `json:"launch,omitempty"`
+	// An OCI runtime-spec config without a process, a host name and annotations: what the root will be like, whoever gets it.
+	// Empty for none. The config of the container that comes must say the same (PreparedFor).
+	Prepare []byte `json:"prepare,omitempty"`
 }
 
 // MaxLaunchBytes bounds a Launch, and what is answered to it: in base64 either fits into a message of a Unix socket, with room

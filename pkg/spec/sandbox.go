@@ -21,6 +21,9 @@ type Sandbox struct {
 	ConsolePath string `json:"consolePath,omitempty"`
 	// Sandboxes of different scopes never share memory, a template's included.
 	TemplateScope string `json:"templateScope,omitempty"`
+	// What the container's root will be like (ContainerBoot.Prepare), for a runtime that makes some ahead of time. Empty for one
+	// that cannot be made before the workload is known.
+	Prepare []byte `json:"-"`
 }
 
 // Usage is what the host counts for a sandbox: facts, from the cgroup and the host's file systems.

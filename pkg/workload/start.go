@@ -120,15 +120,21 @@ func (e *entry) build(ctx context.Context, img image.Image, container agent.Cont
 		fault.At("start", "earlier sandbox taken down")
 	}
 	launch := agent.Launch{Container: container, ProcessID: runProcess(rec.Run), Stdin: rec.Spec.Process.Stdin}
-	inst, launched, err := e.raise(ctx, spec.Sandbox{
+	var preparation []byte
+	if preparer, ok := e.runtime().(runtime.Preparer); ok && preparer.Prepares() && !spec.Joins(rec.Spec.Network) {
+		if preparation, err = spec.Preparation(container.Config); err != nil {
+			return nil, err
+		}
+	}
+	inst, launched, client, err := e.raise(ctx, spec.Sandbox{
 		ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath(),
-		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels),
+		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels), Prepare: preparation,
 	}, launch, recorded)
 	if err != nil {
 		return nil, err
 	}
 	fault.At("start", "sandbox stands")
-	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
+	r := &run{inst: inst, client: client}
 	defer func() {
 		if err != nil {
 			e.setRun(nil)
@@ -163,15 +169,20 @@ func (e *entry) build(ctx context.Context, img image.Image, container agent.Cont
 	})
 }
 
-// raise raises the walls. Where it can it has the process launched with them: then it answers with what the agent said of that.
-func (e *entry) raise(ctx context.Context, s spec.Sandbox, l agent.Launch, recorded func() error) (runtime.Instance, []byte, error) {
+// raise raises the walls, and answers with a client of the agent behind them. Where it can it has the process launched as they
+// come to stand: then it answers with what the agent said of that, too.
+func (e *entry) raise(ctx context.Context, s spec.Sandbox, l agent.Launch, recorded func() error) (_ runtime.Instance, launched []byte, _ *agent.Client, err error) {
 	launcher, can := e.runtime().(runtime.Launcher)
 	if !can || spec.Joins(s.Network) { // networks are joined once the walls stand
 		inst, err := e.runtime().Start(ctx, s)
-		return inst, nil, err
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		return inst, nil, agent.New(inst.Dial, inst.Done()), nil
 	}
-	return launcher.Launch(ctx, s, func(f runtime.Facts) ([]byte, error) {
-		fromFacts(l.Container.Config, f)
+	var client *agent.Client
+	inst, launched, err := launcher.Launch(ctx, s, func(sandbox runtime.Launching) ([]byte, error) {
+		fromFacts(l.Container.Config, sandbox.Facts)
 		message, err := l.Encode()
 		if errors.Is(err, agent.ErrTooLarge) {
 			return nil, nil // it is told call by call
@@ -179,8 +190,22 @@ func (e *entry) raise(ctx context.Context, s spec.Sandbox, l agent.Launch, recor
 		if err == nil {
 			err = recorded()
 		}
+		if err == nil {
+			client = agent.New(sandbox.Dial, sandbox.Done)
+			client.Expect(l.ProcessID)
+		}
 		return message, err
 	})
+	if err != nil {
+		if client != nil {
+			client.Close()
+		}
+		return nil, nil, nil, err
+	}
+	if client == nil {
+		client = agent.New(inst.Dial, inst.Done())
+	}
+	return inst, launched, client, nil
 }
 
 // begin joins the network and has the agent start the process, call by call.

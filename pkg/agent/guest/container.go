@@ -37,6 +37,11 @@ func RunContainer() error {
 	}
 	notePhase("from the first instruction to the boot message", began)
 	w := &containerWall{pidOne: newPidOne(), source: root}
+	if len(boot.Prepare) > 0 {
+		if boot, err = prepareFor(w, boot.Prepare); err != nil {
+			return errors.Join(err, answerBoot(bootFD, spec.BootResult{Error: err.Error()}))
+		}
+	}
 	return serveAsPidOne(newService(w), w.pidOne, listener, func(s *Service) error {
 		if len(boot.Launch) == 0 {
 			return answerBoot(bootFD, spec.BootResult{})
@@ -47,6 +52,26 @@ func RunContainer() error {
 		}
 		return err
 	})
+}
+
+// prepareFor makes a root ahead of time, says so, and waits until it is somebody's: then it answers with what that one wants.
+func prepareFor(w *containerWall, encoded []byte) (*spec.ContainerBoot, error) {
+	config := &specs.Spec{}
+	if err := decodeConfig(encoded, config); err != nil {
+		return nil, err
+	}
+	if err := w.prepare(config); err != nil {
+		return nil, err
+	}
+	if err := tellBoot(bootFD, spec.BootResult{}); err != nil {
+		return nil, err
+	}
+	message := make([]byte, maxBootMessage)
+	n, _, _, _, err := unix.Recvmsg(bootFD, message, nil, unix.MSG_CMSG_CLOEXEC) // descriptors are dropped
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the second boot message: %w", err)
+	}
+	return parseContainerBoot(message[:n])
 }
 
 // serveAsPidOne does what comes first, then serves and reaps until the daemon ends the sandbox.
@@ -74,13 +99,8 @@ func receiveBoot(fd int) (boot *spec.ContainerBoot, root *os.File, l net.Listene
 	if err != nil {
 		return nil, nil, nil, fmt.Errorf("cannot read the boot message: %w", err)
 	}
-	boot = &spec.ContainerBoot{}
-	if err := json.Unmarshal(message[:n], boot); err != nil {
-		return nil, nil, nil, fmt.Errorf("cannot decode the boot message: %w", err)
-	}
-	tracing = boot.Trace
-	if boot.Version != spec.ProtocolVersion {
-		return nil, nil, nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+	if boot, err = parseContainerBoot(message[:n]); err != nil {
+		return nil, nil, nil, err
 	}
 	fds, err := passedDescriptors(control[:controlLen])
 	if err != nil {
@@ -101,6 +121,18 @@ func receiveBoot(fd int) (boot *spec.ContainerBoot, root *os.File, l net.Listene
 	return boot, os.NewFile(uintptr(fds[0]), "/"), l, nil
 }
 
+func parseContainerBoot(message []byte) (*spec.ContainerBoot, error) {
+	boot := &spec.ContainerBoot{}
+	if err := json.Unmarshal(message, boot); err != nil {
+		return nil, fmt.Errorf("cannot decode the boot message: %w", err)
+	}
+	tracing = boot.Trace
+	if boot.Version != spec.ProtocolVersion {
+		return nil, fmt.Errorf("cannot serve protocol version %d: this agent speaks %d", boot.Version, spec.ProtocolVersion)
+	}
+	return boot, nil
+}
+
 func passedDescriptors(control []byte) ([]int, error) {
 	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
@@ -119,15 +151,18 @@ func passedDescriptors(control []byte) ([]int, error) {
 
 // answerBoot tells the runtime how the boot went and closes the socket.
 func answerBoot(fd int, result spec.BootResult) error {
+	return errors.Join(tellBoot(fd, result), unix.Close(fd))
+}
+
+func tellBoot(fd int, result spec.BootResult) error {
 	b, err := json.Marshal(result)
 	if err != nil {
 		return err
 	}
-	_, err = unix.Write(fd, b)
-	if err != nil {
-		err = fmt.Errorf("cannot answer the runtime: %w", err)
+	if _, err := unix.Write(fd, b); err != nil {
+		return fmt.Errorf("cannot answer the runtime: %w", err)
 	}
-	return errors.Join(err, unix.Close(fd))
+	return nil
 }
 
 // containerWall is the agent's place in namespaces of the host's kernel.
@@ -137,6 +172,8 @@ type containerWall struct {
 	source *os.File
 	// Nil without one.
 	network *network
+	// Nil but for a root that was made ahead of time.
+	prepared *rootfs
 }
 
 // configure implements wall. Clock and entropy are the host's, and the host has set up the network.
@@ -148,42 +185,62 @@ func (w *containerWall) configure(hostname string, _ time.Time, _ []byte, n *net
 func (*containerWall) ownClock() bool { return false }
 
 // enter implements wall.
-func (w *containerWall) enter(config *specs.Spec, filter []byte) (*root, error) {
-	if err := makePrivate(); err != nil {
-		return nil, err
+func (w *containerWall) enter(config *specs.Spec, filter []byte) (_ *root, err error) {
+	var root *root
+	if w.prepared != nil {
+		w.prepared.network = w.network
+		root, err = w.prepared.finish(config)
+	} else {
+		err = w.attach(config, func(fs *rootfs) (err error) {
+			root, err = fs.run()
+			return err
+		})
 	}
-	oldDev, err := openDir("/dev")
-	if err != nil {
-		return nil, err
-	}
-	defer oldDev.Close()
-	// Over the old root, where nothing of this process's sees it but through the descriptor, so that no directory of the
-	// host is needed as a mount point.
-	top, err := openDir("/")
-	if err != nil {
-		return nil, err
-	}
-	defer top.Close()
-	if err := attach(w.source, top); err != nil {
-		return nil, err
-	}
-	end := phase("build the root")
-	fs := &rootfs{config: config, network: w.network, dir: w.source, oldDev: oldDev, enter: func(r *rootfs) error { return pivotInto(r.dir) }}
-	root, err := fs.run()
-	end()
 	if err != nil {
 		return nil, err
 	}
 	if err := undumpable(); err != nil {
 		return nil, err
 	}
-	end = phase("surrender capabilities")
+	end := phase("surrender capabilities")
 	err = surrender(config)
 	end()
 	if err != nil {
 		return nil, err
 	}
 	return root, filterSelf(filter)
+}
+
+// prepare does of enter what it can before the workload is known.
+func (w *containerWall) prepare(config *specs.Spec) error {
+	return w.attach(config, func(fs *rootfs) error {
+		w.prepared = fs
+		return fs.prepare()
+	})
+}
+
+// attach puts the root over the old one and has it built.
+func (w *containerWall) attach(config *specs.Spec, build func(*rootfs) error) error {
+	if err := makePrivate(); err != nil {
+		return err
+	}
+	oldDev, err := openDir("/dev")
+	if err != nil {
+		return err
+	}
+	defer oldDev.Close()
+	// Over the old root, where nothing of this process's sees it but through the descriptor, so that no directory of the
+	// host is needed as a mount point.
+	top, err := openDir("/")
+	if err != nil {
+		return err
+	}
+	defer top.Close()
+	if err := attach(w.source, top); err != nil {
+		return err
+	}
+	defer phase("build the root")()
+	return build(&rootfs{config: config, dir: w.source, oldDev: oldDev, network: w.network, enter: func(r *rootfs) error { return pivotInto(r.dir) }})
 }
 
 func openDir(name string) (*os.File, error) {

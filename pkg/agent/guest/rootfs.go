@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
+	"github.com/sandboxd/sandboxd/pkg/spec"
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
@@ -36,42 +37,94 @@ type rootfs struct {
 }
 
 // build is the way from a mounted root to a container, in this order. Every step is fatal.
+//
+// Where a root is made ahead of time, those that are somebody's own come last, in a root that was prepared for them (prepare,
+// finish): it is writable, and nothing is mounted over what they write.
 var build = []struct {
 	name string
 	do   func(*rootfs) error
+	own  bool // is the workload's own: nothing to prepare
 	why  string
 }{
-	{"write /etc files", (*rootfs).writeEtc, "before mounts can cover /etc and the root may become read-only"},
-	{"make the working directory", (*rootfs).makeWorkdir, "for the workload's own process, as docker does; before mounts, so that it is the image's"},
-	{"mount file systems", (*rootfs).mounts, "proc needs an unmasked proc in the namespace: the old root's"},
-	{"make device nodes", (*rootfs).makeDevices, "after /dev is mounted"},
-	{"keep descriptors", (*rootfs).keep, "before anything hides what the agent needs"},
-	{"set kernel parameters", (*rootfs).sysctls, "before /proc/sys becomes read-only"},
-	{"make paths read-only", (*rootfs).readonlyPaths, "after everything is mounted"},
-	{"mask paths", (*rootfs).maskedPaths, "last of the mounts: nothing may lie over a mask"},
-	{"make the root read-only", (*rootfs).readonlyRoot, "after the last file is made in it"},
-	{"enter the root", func(r *rootfs) error { return r.enter(r) }, "nothing of the old root is needed any more"},
-	{"go to the agent's own proc", (*rootfs).goHome, "stages are started from there: stageProgram; after the root, which changes the working directory"},
-	{"set the host name", (*rootfs).hostname, ""},
-	{"bring up loopback", (*rootfs).loopback, "a new network namespace has it down"},
+	{"write /etc files", (*rootfs).writeEtc, true, "before mounts can cover /etc and the root may become read-only"},
+	{"make the working directory", (*rootfs).makeWorkdir, true, "for the workload's own process, as docker does; before mounts, so that it is the image's"},
+	{"mount file systems", (*rootfs).mounts, false, "proc needs an unmasked proc in the namespace: the old root's"},
+	{"make device nodes", (*rootfs).makeDevices, false, "after /dev is mounted"},
+	{"keep descriptors", (*rootfs).keep, false, "before anything hides what the agent needs"},
+	{"set kernel parameters", (*rootfs).sysctls, false, "before /proc/sys becomes read-only"},
+	{"make paths read-only", (*rootfs).readonlyPaths, false, "after everything is mounted"},
+	{"mask paths", (*rootfs).maskedPaths, false, "last of the mounts: nothing may lie over a mask"},
+	{"make the root read-only", (*rootfs).readonlyRoot, false, "after the last file is made in it"},
+	{"enter the root", func(r *rootfs) error { return r.enter(r) }, false, "nothing of the old root is needed any more"},
+	{"go to the agent's own proc", (*rootfs).goHome, false, "stages are started from there: stageProgram; after the root, which changes the working directory"},
+	{"set the host name", (*rootfs).hostname, true, ""},
+	{"bring up loopback", (*rootfs).loopback, false, "a new network namespace has it down"},
 }
 
 func (r *rootfs) run() (*root, error) {
 	if err := r.refuse(); err != nil {
 		return nil, err
 	}
+	if err := r.take(func(bool) bool { return true }); err != nil {
+		return nil, err
+	}
+	return &r.result, nil
+}
+
+// prepare takes the steps that are the same for every workload of such a config.
+func (r *rootfs) prepare() error {
+	if err := r.refuse(); err != nil {
+		return err
+	}
+	if r.config.Process != nil || r.config.Hostname != "" {
+		return errors.New("somebody's own root cannot be prepared")
+	}
+	if !spec.Preparable(r.config) {
+		return errors.New("such a root cannot be prepared: a step of its own would come too late")
+	}
+	// What is written last must lie where it would have been written first.
+	etc, err := openIn(r.dir, "/etc", unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
+	switch {
+	case err == nil:
+		err = etc.Close()
+	case errors.Is(err, unix.ENOENT):
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("such a root cannot be prepared: %w", err)
+	}
+	return r.take(func(own bool) bool { return !own })
+}
+
+// finish takes the other steps, for a workload of such a config.
+func (r *rootfs) finish(config *specs.Spec) (*root, error) {
+	if err := r.refuse(); err != nil {
+		return nil, err
+	}
+	if !spec.PreparedFor(r.config, config) {
+		return nil, errors.New("the root was prepared for another configuration")
+	}
+	r.config = config
+	if err := r.take(func(own bool) bool { return own }); err != nil {
+		return nil, err
+	}
+	return &r.result, nil
+}
+
+// take takes the steps that which says.
+func (r *rootfs) take(which func(own bool) bool) error {
 	for _, step := range build {
-		if weaken.Without(step.name) {
+		if !which(step.own) || weaken.Without(step.name) {
 			continue
 		}
 		end := phase("root: " + step.name)
 		err := step.do(r)
 		end()
 		if err != nil {
-			return nil, fmt.Errorf("cannot %s: %w", step.name, err)
+			return fmt.Errorf("cannot %s: %w", step.name, err)
 		}
 	}
-	return &r.result, nil
+	return nil
 }
 
 // refuse names what a config can ask for and this agent does not do, rather than leave it out.

@@ -67,8 +67,7 @@ type Runtime struct {
 	appArmor *appArmor
 	// Forks the agents.
 	spawner *spawner
-	// The layers of sandboxes that have ended.
-	unmounts *unmounts
+	layers  *layers
 	// Sandboxes made ahead of time.
 	pool *pool
 	// Of every instance, until it has given back what it held.
@@ -108,8 +107,12 @@ func New(c Config) (*Runtime, error) {
 	}
 	r := &Runtime{
 		config: c, log: c.Logger.Named(name),
-		mounts: &mounter{}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{}, appArmor: &appArmor{}, unmounts: newUnmounts(),
+		mounts: &mounter{log: c.Logger}, agent: &agentBinary{path: c.Agent}, spawner: &spawner{}, appArmor: &appArmor{},
 		instances: map[string]*instance{}, hidden: map[string]bool{},
+	}
+	r.layers = newLayers(r)
+	if err := r.layers.clear(); err != nil {
+		return nil, fmt.Errorf("cannot make a container runtime: %w", err)
 	}
 	// What this process was started with (a shell's or systemd's descriptors) is not for sandboxes; all that Go opens is
 	// marked already.
@@ -137,7 +140,7 @@ func (r *Runtime) Close() error {
 		i.forget()
 	}
 	r.watches.Wait()
-	r.unmounts.wait()
+	r.layers.close()
 	r.spawner.close()
 	return errors.Join(poolErr, r.mounts.close(), r.agent.close())
 }
@@ -208,7 +211,7 @@ func (r *Runtime) Attach(_ context.Context, id string) (runtime.Instance, error)
 		_ = pidfd.Close() // nothing was done with it
 		return nil, fmt.Errorf("cannot attach to sandbox %s: %w", id, err)
 	}
-	i := r.newInstance(rec, pidfd, group, held{})
+	i := r.newInstance(rec, pidfd, group, held{}, make(chan struct{}))
 	r.instances[id] = i
 	return i, nil
 }
@@ -275,7 +278,7 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
 	fault.At("container end", "processes and cgroup")
-	err = timed(id, verb+"layer", func() error { return r.unmounts.ended(ctx, r, id) })
+	err = timed(id, verb+"layer", func() error { return r.layers.ended(ctx, id) })
 	if err != nil {
 		return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 	}
@@ -285,7 +288,7 @@ func (r *Runtime) destroy(ctx context.Context, id string, layer bool) error {
 	}
 	fault.At("container end", "ids")
 	if layer {
-		err := timed(id, verb+"layer deleted", func() error { return r.unmounts.remove(r.config.StateDir, id) })
+		err := timed(id, verb+"layer deleted", func() error { return r.layers.remove(id) })
 		if err != nil {
 			return fmt.Errorf("cannot remove sandbox %s: %w", id, err)
 		}
@@ -306,13 +309,13 @@ func (r *Runtime) removeUnnamed(ctx context.Context, id, madeAs string) error {
 	if madeAs == id {
 		return nil
 	}
-	if _, err := os.Lstat(filepath.Dir(disk.LayerPath(r.config.StateDir, madeAs))); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(layerDir(r.config.StateDir, madeAs)); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := r.unmounts.ended(ctx, r, madeAs); err != nil {
+	if err := r.layers.ended(ctx, madeAs); err != nil {
 		return err
 	}
-	return r.unmounts.remove(r.config.StateDir, madeAs)
+	return r.layers.remove(madeAs)
 }
 
 func timed(id, name string, fn func() error) error {

@@ -40,6 +40,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// unpreparable is what the stand-in refuses to make a root of.
+const unpreparable = "unpreparable"
+
 // standIn is the half of a test that runs inside: it takes the boot message, makes the root its own and then runs each
 // connection's one line as a script. It answers with the output, a zero byte and the exit code.
 func standIn() {
@@ -70,6 +73,20 @@ func standIn() {
 	check(err, "listener")
 	answer, err := json.Marshal(spec.BootResult{})
 	check(err, "answer")
+	var boot spec.ContainerBoot
+	check(json.Unmarshal(buf[:n], &boot), "decode")
+	if len(boot.Prepare) > 0 {
+		if string(boot.Prepare) == unpreparable {
+			check(errors.New("no such root"), "prepare")
+		}
+		check(os.WriteFile("/prepared", boot.Prepare, 0o644), "prepare")
+		_, err = unix.Write(3, answer)
+		check(err, "answer")
+		if n, err = unix.Read(3, buf); n == 0 {
+			os.Exit(0) // the daemon has no use for it
+		}
+		check(err, "receive")
+	}
 	_, err = unix.Write(3, answer)
 	check(err, "answer")
 	check(unix.Close(3), "close")

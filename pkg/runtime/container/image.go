@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -13,13 +15,17 @@ import (
 // imageKey tells image files apart whatever they are called.
 type imageKey struct{ dev, ino uint64 }
 
-// image is one EROFS file mounted in the mounter's namespace while sandboxes started by this daemon use it: one
-// superblock, and so one page cache of its metadata, for all of them.
+// imageLinger is how long an image stays mounted after its last sandbox: the next often wants the same.
+const imageLinger = 2 * time.Second
+
+// image is one EROFS file mounted in the mounter's namespace while sandboxes started by this daemon use it, and a moment longer:
+// one superblock, and so one page cache of its metadata, for all of them.
 type image struct {
 	key    imageKey
 	dir    string // where it is attached
 	detach func() error
 	users  int
+	idle   int // how often users came down to 0
 }
 
 // openImage opens an image file such that nobody writes to it through here.
@@ -39,13 +45,20 @@ func openImage(path string) (*os.File, error) {
 	return f, nil
 }
 
+func keyOf(image *os.File) (imageKey, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(image.Fd()), &st); err != nil {
+		return imageKey{}, fmt.Errorf("cannot examine the image: %w", err)
+	}
+	return imageKey{st.Dev, st.Ino}, nil
+}
+
 // useImage mounts an image, or finds it mounted, and counts the caller as a user. On the mounter's thread.
 func (m *mounter) useImage(file *os.File) (*image, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
-		return nil, fmt.Errorf("cannot examine the image: %w", err)
+	key, err := keyOf(file)
+	if err != nil {
+		return nil, err
 	}
-	key := imageKey{st.Dev, st.Ino}
 	if i, ok := m.images[key]; ok {
 		i.users++
 		return i, nil
@@ -64,13 +77,24 @@ func (m *mounter) useImage(file *os.File) (*image, error) {
 	return i, nil
 }
 
-// leaveImage ends one use; the last one unmounts. Sandboxes that run have their own clones. On the mounter's thread.
-func (m *mounter) leaveImage(i *image) error {
+// leaveImage ends one use; some time after the last one it is unmounted. Sandboxes that run have their own clones. On the
+// mounter's thread.
+func (m *mounter) leaveImage(i *image) {
 	if i.users--; i.users > 0 {
-		return nil
+		return
 	}
-	delete(m.images, i.key)
-	return i.detach()
+	i.idle++
+	nth := i.idle
+	time.AfterFunc(imageLinger, func() {
+		m.doIfRunning(func() {
+			if i.users == 0 && i.idle == nth { // nobody came, nor came and went
+				delete(m.images, i.key)
+				if err := i.detach(); err != nil {
+					m.log.Error("cannot unmount an image", zap.Error(err))
+				}
+			}
+		})
+	})
 }
 
 // mountEROFS mounts an image file as it is where the kernel can (6.12, and the file lies on a file system that allows it),

@@ -40,6 +40,7 @@ type instance struct {
 type held struct {
 	crash *os.File
 	image *image
+	layer *layer
 	// The agent's mount namespace. Taking its mounts down takes milliseconds, most of them spent waiting for other processors;
 	// whoever lets go of it last waits, and without this that is the agent, whose end everybody waits for.
 	mounts *os.File
@@ -50,9 +51,9 @@ var (
 	_ runtime.Adopter     = (*instance)(nil)
 )
 
-// newInstance watches a booted agent. It takes over pidfd and what is held.
-func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, h held) *instance {
-	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, held: h, done: make(chan struct{}), unwatched: make(chan struct{})}
+// newInstance watches a booted agent. It takes over pidfd and what is held, and closes done.
+func (r *Runtime) newInstance(rec record, pidfd *os.File, group *cgroup.Group, h held, done chan struct{}) *instance {
+	i := &instance{r: r, rec: rec, group: group, pidfd: pidfd, held: h, done: done, unwatched: make(chan struct{})}
 	r.watches.Go(i.watch)
 	return i
 }
@@ -69,10 +70,11 @@ func (i *instance) watch() {
 		_ = h.mounts.Close() // it was not even read
 		end()
 	}
+	if h.layer != nil {
+		close(h.layer.quiet)
+	}
 	if h.image != nil {
-		if err := i.r.mounts.do(func() error { return i.r.mounts.leaveImage(h.image) }); err != nil {
-			i.r.log.Error("cannot unmount an image", zap.String("sandbox", i.rec.ID), zap.Error(err))
-		}
+		i.r.mounts.doIfRunning(func() { i.r.mounts.leaveImage(h.image) })
 	}
 	if h.crash != nil {
 		said := crashText(h.crash, 4096) //nolint:mnd // enough to see where a Go program died
@@ -145,25 +147,31 @@ func (i *instance) over(ctx context.Context) bool {
 	return true
 }
 
-// Dial connects to the agent's socket, whose path may be longer than a socket address.
+// Dial implements runtime.Instance.
 func (i *instance) Dial(ctx context.Context) (net.Conn, error) {
 	if !i.running() {
 		return nil, runtime.ErrNotRunning
 	}
-	dir, err := os.OpenFile(i.r.dir(i.rec.ID), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	dir := i.r.dir(i.rec.ID)
+	conn, err := dial(ctx, dir)
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) || i.over(ctx) {
+		if _, gone := os.Lstat(dir); errors.Is(gone, fs.ErrNotExist) || i.over(ctx) {
 			return nil, runtime.ErrNotRunning
 		}
+	}
+	return conn, err
+}
+
+// dial connects to the agent's socket in a run directory, whose path may be longer than a socket address.
+func dial(ctx context.Context, runDir string) (net.Conn, error) {
+	dir, err := os.OpenFile(runDir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
 		return nil, spec.Errorf(spec.KindInternal, "cannot dial the agent: %w", err)
 	}
 	defer dir.Close() //nolint:errcheck // a path descriptor
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", filepath.Join(fdPath(dir), socketFile))
 	if err != nil {
-		if i.over(ctx) {
-			return nil, runtime.ErrNotRunning
-		}
 		return nil, spec.Errorf(spec.KindUnavailable, "cannot dial the agent: %w", err)
 	}
 	return conn, nil

@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/osthread"
@@ -19,6 +20,8 @@ import (
 // a sandbox reads in its /proc/mounts, tell nothing of the host. When the daemon dies the namespace goes, and with it
 // every mount in it; overlays live on, since each holds clones of its layers.
 type mounter struct {
+	log *zap.Logger
+
 	mu   sync.Mutex // one caller of do at a time, and guards what is below
 	jobs chan func()
 	done chan error // the thread's last word
@@ -39,6 +42,18 @@ func (m *mounter) do(fn func() error) error {
 	result := make(chan error, 1)
 	m.jobs <- func() { result <- fn() }
 	return <-result
+}
+
+// doIfRunning runs fn on the thread, if there is one.
+func (m *mounter) doIfRunning(fn func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.jobs == nil {
+		return
+	}
+	done := make(chan struct{})
+	m.jobs <- func() { fn(); close(done) }
+	<-done
 }
 
 func (m *mounter) startLocked() error {

@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -41,6 +41,8 @@ const (
 	// starts slows that down by more than it saves (on two cores 36 ms instead of 24, the other way round 16). Under a steady
 	// load the pool runs empty, and starts are as fast as without.
 	poolQuiet = 100 * time.Millisecond
+	// preparedLife is how long after the last start of a kind roots of that kind are kept.
+	preparedLife = time.Minute
 )
 
 // errTaken: something of the sandbox exists already, so that nothing made ahead of time can become it.
@@ -64,8 +66,11 @@ type pool struct {
 	mu      sync.Mutex // guards what follows
 	waiting []*start
 	filling bool
-	warm    bool      // Warm was called
-	used    time.Time // when a sandbox last began, came to stand, or ended
+	wanted  *preparation // what was started last
+	forget  *time.Timer  // forgets that
+	unfit   *preparation // what could not be made ahead of time
+	warm    bool         // Warm was called
+	used    time.Time    // when a sandbox last began, came to stand, or ended
 }
 
 func newPool(r *Runtime, c Pool) (*pool, error) {
@@ -87,6 +92,9 @@ func (r *Runtime) Warm() {
 	r.pool.warm = true
 	r.pool.fillLocked()
 }
+
+// Prepares implements runtime.Preparer.
+func (r *Runtime) Prepares() bool { return r.pool.c.Size > 0 }
 
 // note says that a sandbox begins or ends, or that it has.
 func (p *pool) note() {
@@ -112,41 +120,133 @@ func (p *pool) awaitQuiet() error {
 	}
 }
 
-// take answers with one that waits and would do for s, nil if there is none.
-func (p *pool) take(s spec.Sandbox) *start {
+// preparation is what a root is made like ahead of time.
+type preparation struct {
+	image  imageKey
+	path   string
+	config string // spec.Sandbox.Prepare
+}
+
+// wants says what somebody starts, which the next is likely to want as well.
+func (p *pool) wants(s spec.Sandbox, img *os.File) *preparation {
+	if p.c.Size == 0 || len(s.Prepare) == 0 {
+		return nil
+	}
+	key, err := keyOf(img)
+	if err != nil {
+		return nil // the start will say so
+	}
+	w := &preparation{image: key, path: s.ImagePath, config: string(s.Prepare)}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.unfit != nil && *p.unfit == *w {
+		return nil
+	}
+	p.wanted = w
+	if p.forget != nil {
+		p.forget.Stop()
+	}
+	p.forget = time.AfterFunc(preparedLife, p.unprepare)
+	return w
+}
+
+// unprepare gives up what nobody has wanted for a while: an image that is removed lies on the disk as long as something has it.
+func (p *pool) unprepare() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.wanted = nil
+	for i := len(p.waiting) - 1; i >= 0; i-- {
+		if p.waiting[i].prepared != nil {
+			p.dropLocked(i)
+		}
+	}
+	p.fillLocked()
+}
+
+// dropLocked removes one that waits.
+func (p *pool) dropLocked(i int) {
+	st := p.waiting[i]
+	p.waiting = slices.Delete(p.waiting, i, i+1)
+	p.owned.Go(func() { p.discard(st) })
+}
+
+// take answers with one that waits and would do for s, nil if there is none: one whose root is what s wants, or one without.
+func (p *pool) take(s spec.Sandbox, img *os.File) *start {
 	if p.c.Size == 0 || s.Resources.DiskBytes != p.c.DiskBytes {
 		return nil
 	}
+	want := p.wants(s, img)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for len(p.waiting) > 0 {
-		st := p.waiting[0]
-		p.waiting = p.waiting[1:]
-		p.fillLocked()
-		if !ended(st.agent.pidfd) {
-			return st
+	defer p.fillLocked()
+	for _, as := range []*preparation{want, nil} {
+		for i := 0; i < len(p.waiting); {
+			st := p.waiting[i]
+			switch {
+			case !st.preparedAs(as):
+				i++
+			case ended(st.agent.pidfd): // somebody killed it, or the host had no memory left
+				p.dropLocked(i)
+			default:
+				p.waiting = slices.Delete(p.waiting, i, i+1)
+				return st
+			}
 		}
-		// Somebody killed it, or the host had no memory left.
-		p.owned.Go(func() { p.discard(st) })
+		if as == nil {
+			break
+		}
+	}
+	if len(p.waiting) > 0 { // made for others: let there be one for this kind next time
+		p.dropLocked(0)
 	}
 	return nil
 }
 
+// preparedAs reports whether its root was made so; a nil preparation is none.
+func (st *start) preparedAs(p *preparation) bool {
+	if st.prepared == nil || p == nil {
+		return st.prepared == nil && p == nil
+	}
+	return *st.prepared == *p
+}
+
 // fillLocked has someone fill the pool, if nobody does.
 func (p *pool) fillLocked() {
-	if !p.warm || p.filling || p.ctx.Err() != nil || len(p.waiting) >= p.c.Size {
+	if !p.warm || p.filling || p.ctx.Err() != nil || !p.lacksLocked() {
 		return
 	}
 	p.filling = true
 	p.owned.Go(p.fill)
 }
 
+// lacksLocked reports whether there is something to make.
+func (p *pool) lacksLocked() bool { return len(p.waiting) < p.c.Size || p.bareLocked() >= 0 }
+
+// bareLocked is the index of one that waits without a root and could have one, -1 if there is none: where there are several, one
+// stays without, for who wants another root.
+func (p *pool) bareLocked() int {
+	if p.wanted == nil {
+		return -1
+	}
+	bare := 0
+	last := -1
+	for i, st := range p.waiting {
+		if st.prepared == nil {
+			bare++
+			last = i
+		}
+	}
+	if bare <= 1 && p.c.Size > 1 {
+		return -1
+	}
+	return last
+}
+
 func (p *pool) fill() {
 	for {
-		var st *start
 		err := p.awaitQuiet()
 		if err == nil {
-			st, err = p.make()
+			err = p.fillOne()
 		}
 		if err != nil && p.ctx.Err() == nil {
 			p.r.log.Warn("cannot make a sandbox ahead of time", zap.Error(err))
@@ -156,16 +256,44 @@ func (p *pool) fill() {
 			}
 		}
 		p.mu.Lock()
-		if st != nil {
-			p.waiting = append(p.waiting, st)
-		}
-		if p.ctx.Err() != nil || len(p.waiting) >= p.c.Size {
+		if p.ctx.Err() != nil || !p.lacksLocked() {
 			p.filling = false
 			p.mu.Unlock()
 			return
 		}
 		p.mu.Unlock()
 	}
+}
+
+// fillOne makes one more, or the root of one.
+func (p *pool) fillOne() error {
+	var st *start
+	p.mu.Lock()
+	want, bare := p.wanted, p.bareLocked()
+	if bare >= 0 {
+		st = p.waiting[bare]
+		p.waiting = slices.Delete(p.waiting, bare, bare+1)
+	}
+	p.mu.Unlock()
+	if st == nil {
+		made, err := p.make()
+		if err != nil {
+			return err
+		}
+		st = made
+	} else if err := p.prepare(st, want); err != nil {
+		p.mu.Lock()
+		p.unfit = want
+		if p.wanted == want {
+			p.wanted = nil
+		}
+		p.mu.Unlock()
+		return errors.Join(err, p.undo(st))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.waiting = append(p.waiting, st)
+	return nil
 }
 
 // make takes the steps that can be taken ahead of time.
@@ -197,6 +325,36 @@ func (p *pool) make() (*start, error) {
 	return st, nil
 }
 
+// prepare makes the root of one that waits.
+func (p *pool) prepare(st *start, want *preparation) error {
+	img, err := openImage(want.path)
+	if err != nil {
+		return err // it was removed
+	}
+	defer img.Close() //nolint:errcheck // only read; the mount has its own reference
+	if key, err := keyOf(img); err != nil || key != want.image {
+		return errors.Join(err, errors.New("the image is another by now"))
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, poolMakeLimit)
+	defer cancel()
+	st.imageFile = img
+	for _, step := range steps {
+		if !step.prepares {
+			continue
+		}
+		if err := st.do(ctx, step); err != nil {
+			return err
+		}
+	}
+	if err := st.agent.prepare(ctx, st.root, st.listener, []byte(want.config)); err != nil {
+		return err
+	}
+	st.prepared = want
+	_ = st.root.Close() // the agent has its own
+	st.root = nil
+	return nil
+}
+
 // undo leaves nothing of one that was not handed out.
 func (p *pool) undo(st *start) error {
 	st.fresh = true
@@ -213,6 +371,11 @@ func (p *pool) discard(st *start) {
 // close removes what waits.
 func (p *pool) close() error {
 	p.cancel()
+	p.mu.Lock()
+	if p.forget != nil {
+		p.forget.Stop()
+	}
+	p.mu.Unlock()
 	p.owned.Wait()
 	p.mu.Lock()
 	waiting := p.waiting
@@ -226,7 +389,7 @@ func (p *pool) close() error {
 }
 
 // finish makes a sandbox of one that waited, by the steps that are left. errTaken: nothing was done.
-func (r *Runtime) finish(ctx context.Context, st *start, s spec.Sandbox, img *os.File, message func(runtime.Facts) ([]byte, error)) error {
+func (r *Runtime) finish(ctx context.Context, st *start, s spec.Sandbox, img *os.File, message func(runtime.Launching) ([]byte, error)) error {
 	if err := st.become(s, img); err != nil {
 		if errors.Is(err, errTaken) {
 			r.pool.discard(st)
@@ -237,7 +400,7 @@ func (r *Runtime) finish(ctx context.Context, st *start, s spec.Sandbox, img *os
 	defer st.close()
 	st.launch = message
 	for _, step := range steps {
-		if step.ahead {
+		if step.ahead || step.prepares && st.prepared != nil {
 			continue
 		}
 		if err := st.do(ctx, step); err != nil {
@@ -251,7 +414,7 @@ func (r *Runtime) finish(ctx context.Context, st *start, s spec.Sandbox, img *os
 // each rename is atomic: whenever the daemon dies, removing the sandbox removes all of it.
 func (st *start) become(s spec.Sandbox, img *os.File) error {
 	defer phase.Begin(s.ID, "start: from the pool")()
-	layer := func(id string) string { return filepath.Dir(disk.LayerPath(st.r.config.StateDir, id)) }
+	layer := func(id string) string { return layerDir(st.r.config.StateDir, id) }
 	// A layer of an earlier run is not to be replaced by an empty one.
 	if _, err := os.Lstat(layer(s.ID)); !errors.Is(err, fs.ErrNotExist) {
 		return errTaken
@@ -266,8 +429,7 @@ func (st *start) become(s spec.Sandbox, img *os.File) error {
 	}
 	fault.At("container from the pool", "layer named")
 	st.fresh = true
-	st.r.unmounts.forget(st.madeAs)
-	st.r.unmounts.mounted(s.ID, st.loop, disk.LayerPath(st.r.config.StateDir, s.ID))
+	st.r.layers.rename(st.madeAs, s.ID)
 	st.r.hide(st.madeAs, false)
 	st.rec.ID, st.rec.DiskBytes, st.rec.PidsLimit = s.ID, s.Resources.DiskBytes, s.Resources.Pids
 	return st.group.Limit(st.r.limits(s.Resources))

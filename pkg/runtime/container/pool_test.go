@@ -86,6 +86,116 @@ func TestSandboxFromThePool(t *testing.T) {
 	mustRemove(t, r, other.ID)
 }
 
+// awaitPrepared waits until n of those that wait have a root.
+func awaitPrepared(t *testing.T, r *Runtime, n int) {
+	t.Helper()
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		prepared := 0
+		r.pool.mu.Lock()
+		for _, st := range r.pool.waiting {
+			if st.prepared != nil {
+				prepared++
+			}
+		}
+		r.pool.mu.Unlock()
+		if prepared == n && waiting(r) == r.pool.c.Size {
+			return
+		}
+		if time.Since(begin) > fillLimit {
+			t.Fatalf("%d of those that wait have a root after %v, not %d", prepared, fillLimit, n)
+		}
+	}
+}
+
+// Once it is known what is started, most of those that wait have a root for it; who wants another has one without, and nobody gets
+// another's.
+func TestRootsAreMadeAheadOfTime(t *testing.T) {
+	h := newHost(t)
+	r := h.warmed(t, 3)
+	const prepared = "[ -e /prepared ] && cat /prepared || echo none"
+	s := h.sandbox(1)
+	s.Prepare = []byte(`{"kind":1}`)
+	want(t, mustStart(t, r, s), prepared, "none")
+	mustRemove(t, r, s.ID)
+	awaitPrepared(t, r, 2)
+	i := mustStart(t, r, s)
+	want(t, i, prepared, string(s.Prepare))
+	want(t, i, "cat /etc/motd", "from the image")
+	if u, err := i.Usage(); err != nil || u.MemoryLimitBytes != s.Resources.MemoryBytes {
+		t.Errorf("its limits: %+v, %v", u, err)
+	}
+	if err := r.Release(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	awaitPrepared(t, r, 2)
+	want(t, mustStart(t, r, s), prepared, string(s.Prepare)) // its own layer, not one that was prepared
+	mustRemove(t, r, s.ID)
+
+	awaitPrepared(t, r, 2)
+	other := h.sandbox(2)
+	other.Prepare = []byte(`{"kind":2}`)
+	want(t, mustStart(t, r, other), prepared, "none")
+	plain := h.sandbox(3)
+	want(t, mustStart(t, r, plain), prepared, "none")
+	mustRemove(t, r, other.ID)
+	mustRemove(t, r, plain.ID)
+
+	r.pool.unprepare()
+	awaitPrepared(t, r, 0)
+	if err := r.mounts.do(func() error {
+		for _, img := range r.mounts.images {
+			if img.users != 0 {
+				t.Errorf("%d use the image", img.users)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+// What cannot be made ahead of time is tried once.
+func TestRootThatCannotBeMadeAheadOfTime(t *testing.T) {
+	h := newHost(t)
+	r := h.warmed(t, 2)
+	s := h.sandbox(1)
+	s.Prepare = []byte(unpreparable)
+	for range 2 {
+		mustStart(t, r, s)
+		mustRemove(t, r, s.ID)
+		for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+			r.pool.mu.Lock()
+			tried := r.pool.unfit != nil && r.pool.wanted == nil
+			r.pool.mu.Unlock()
+			if tried {
+				break
+			}
+			if time.Since(begin) > fillLimit {
+				t.Fatal("nobody tried")
+			}
+		}
+	}
+}
+
+// An agent whose root was prepared and that has ended is found out like any other.
+func TestPoolDropsPreparedThatHasEnded(t *testing.T) {
+	h := newHost(t)
+	r := h.warmed(t, 1)
+	s := h.sandbox(1)
+	s.Prepare = []byte(`{"kind":1}`)
+	mustStart(t, r, s)
+	mustRemove(t, r, s.ID)
+	awaitPrepared(t, r, 1)
+	r.pool.mu.Lock()
+	if err := signalProcess(r.pool.waiting[0].agent.pidfd, unix.SIGKILL); err != nil {
+		t.Error(err)
+	}
+	waitProcess(r.pool.waiting[0].agent.pidfd)
+	r.pool.mu.Unlock()
+	want(t, mustStart(t, r, s), "echo fine", "fine")
+	mustRemove(t, r, s.ID)
+}
+
 func TestOtherDiskSizesAreNotFromThePool(t *testing.T) {
 	h := newHost(t)
 	r := h.warmed(t, 1)

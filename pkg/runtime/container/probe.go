@@ -60,6 +60,8 @@ func (r *Runtime) Probe(ctx context.Context) runtime.Availability {
 var findings = map[string]func() string{
 	"record":         func() string { return "run directory is writable" },
 	"ids":            func() string { return "a range of host ids is free" },
+	"unified cgroup": func() string { return "cgroup " + cgroup.Mode() + " can be written to" },
+	"fork":           func() string { return "processes can be forked" },
 	"cgroup":         func() string { return "cgroup " + cgroup.Mode() + " limits processor time, memory and processes" },
 	"socket":         func() string { return "agent's socket can be bound" },
 	"namespaces":     func() string { return "agent starts in new user, pid, mount, net, ipc, uts and cgroup namespaces" },

@@ -63,10 +63,10 @@ func TestFailedStartLeavesNothing(t *testing.T) {
 		step   string
 		says   string
 	}{
-		"no agent":              {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/nonexistent" }, "namespaces", "cannot open the agent"},
-		"agent is no program":   {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/etc/passwd" }, "namespaces", "exec format error"},
-		"agent ends":            {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/bin/false" }, "", "agent has ended"},
-		"agent says something":  {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/bin/cat" }, "", "No such file"},
+		"no agent":              {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/nonexistent" }, "fork", "cannot open the agent"},
+		"agent is no program":   {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/etc/passwd" }, "agent", "exec format error"},
+		"agent ends":            {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/bin/false" }, "agent", "agent has ended"},
+		"agent says something":  {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/bin/cat" }, "agent", "No such file"},
 		"agent says nothing":    {func(h *host, _ *spec.Sandbox) { h.config.Agent = "/usr/bin/yes" }, "agent", "deadline exceeded"},
 		"image is no image":     {func(_ *host, s *spec.Sandbox) { s.ImagePath = garbage }, "root file system", "erofs"},
 		"image is a directory":  {func(_ *host, s *spec.Sandbox) { s.ImagePath = "/" }, "", "regular file"},

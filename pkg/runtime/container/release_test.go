@@ -31,7 +31,9 @@ func TestReleaseFinishesEveryTeardown(t *testing.T) {
 		},
 		"no cgroup": endOnly,
 		"no cgroup and no loop device": func(t *testing.T, r *Runtime, id string) error {
-			return errors.Join(endOnly(t, r, id), disk.WaitDetached(t.Context(), disk.LayerPath(r.config.StateDir, id)))
+			err := endOnly(t, r, id)
+			r.layers.settle(id)
+			return errors.Join(err, disk.WaitDetached(t.Context(), disk.LayerPath(r.config.StateDir, id)))
 		},
 		"no ids": func(t *testing.T, r *Runtime, id string) error {
 			return errors.Join(endOnly(t, r, id), r.config.IDs.Release(id))

@@ -37,7 +37,7 @@ func (m *mounter) build(r rootfs) (root *os.File, img *image, err error) {
 	used := img // what is returned with an error is nil
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, m.leaveImage(used))
+			m.leaveImage(used)
 		}
 	}()
 	dir := "/" + r.id

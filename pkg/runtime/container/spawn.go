@@ -9,15 +9,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/spec"
-	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -41,8 +38,8 @@ const (
 	socketFile = "agent.sock"
 )
 
-// namespaces of a sandbox, and what each keeps apart. The cgroup namespace is made after the child is in its cgroup
-// (Unshareflags), or its root would be the daemon's.
+// namespaces of a sandbox, and what each keeps apart. The cgroup namespace is made after the child is in its cgroup, or its root
+// would be the daemon's.
 const namespaces = unix.CLONE_NEWUSER | // ids and capabilities
 	unix.CLONE_NEWPID | // processes: when PID 1 ends, the kernel ends them all
 	unix.CLONE_NEWNS | // mounts
@@ -52,6 +49,9 @@ const namespaces = unix.CLONE_NEWUSER | // ids and capabilities
 
 // agentProcess is an agent that was forked and has not been told its sandbox yet.
 type agentProcess struct {
+	// Until it has arrived, when the rest but boot and crash is not there.
+	spawning *spawning
+
 	pid   int
 	pidfd *os.File
 	// The daemon's end of the boot socket.
@@ -61,57 +61,55 @@ type agentProcess struct {
 	crash *os.File
 }
 
-// agentAttr is how an agent is forked. Its ids start at base on the host.
-func agentAttr(attr *syscall.SysProcAttr, base uint32) {
-	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: int(base), Size: idrange.Size}}
-	attr.Cloneflags = namespaces
-	attr.Unshareflags = unix.CLONE_NEWCGROUP
-	attr.UidMappings, attr.GidMappings = ids, ids
-	attr.GidMappingsEnableSetgroups = true // else the child keeps the daemon's groups
-	weakenNamespaces(attr)
-	// Without it the child stays the host's uid 0, unmapped, and loses its capabilities at exec.
-	attr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
-	attr.Setsid = true // signals from the daemon's terminal are not the sandbox's
-}
-
-// weakenNamespaces is for test builds: see package weaken.
-func weakenNamespaces(attr *syscall.SysProcAttr) {
-	for name, flag := range map[string]uintptr{
-		"user namespace": unix.CLONE_NEWUSER, "pid namespace": unix.CLONE_NEWPID, "mount namespace": unix.CLONE_NEWNS, "network namespace": unix.CLONE_NEWNET,
-		"ipc namespace": unix.CLONE_NEWIPC, "uts namespace": unix.CLONE_NEWUTS, "cgroup namespace": unix.CLONE_NEWCGROUP,
-	} {
-		if weaken.Without(name) {
-			attr.Cloneflags &^= flag
-			attr.Unshareflags &^= flag
-			if flag == unix.CLONE_NEWUSER {
-				attr.UidMappings, attr.GidMappings = nil, nil
-			}
-		}
-	}
-}
-
-// agent starts an agent in its cgroup and namespaces.
-func (s *spawner) agent(program *os.File, req spawnRequest) (_ *agentProcess, err error) {
+// startAgent asks the spawner for an agent. What it answers with has no pid until arrived was called.
+func (s *spawner) startAgent(program *os.File, req spawnRequest, unified *os.File) (_ *agentProcess, err error) {
 	ours, theirs, err := messageSockets()
 	if err != nil {
 		return nil, err
 	}
 	defer theirs.Close() //nolint:errcheck // the agent's
+	p := &agentProcess{boot: ours}
 	defer func() {
 		if err != nil {
-			_ = ours.Close() // nothing was sent
+			_ = p.boot.Close() // nothing was sent
+			if p.crash != nil {
+				_ = p.crash.Close() // nothing was written
+			}
 		}
 	}()
-	crash, err := boundedFile("agent-stderr", crashLogSize)
-	if err != nil {
+	if p.crash, err = boundedFile("agent-stderr", crashLogSize); err != nil {
 		return nil, err
 	}
-	pid, pidfd, err := s.spawn(req, program, crash, theirs)
-	if err != nil {
-		_ = crash.Close() // nothing was written
+	if p.spawning, err = s.request(req, program, p.crash, theirs, unified); err != nil {
 		return nil, fmt.Errorf("cannot start the agent in new namespaces: %w", err)
 	}
-	return &agentProcess{pid: pid, pidfd: pidfd, boot: ours, crash: crash}, nil
+	return p, nil
+}
+
+// arrived waits until there is a process, which waits for the word to go.
+func (p *agentProcess) arrived() (err error) {
+	p.pid, p.pidfd, err = p.spawning.answer()
+	p.spawning = nil
+	if err != nil {
+		return fmt.Errorf("cannot start the agent in new namespaces: %w", err)
+	}
+	return nil
+}
+
+// goOn lets the process enter the cgroups behind the doors and become the agent.
+func (p *agentProcess) goOn(ctx context.Context, doors []*os.File) error {
+	var fds []int
+	for _, d := range doors {
+		fds = append(fds, int(d.Fd()))
+	}
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	if _, _, err := p.boot.WriteMsgUnix([]byte{wordToGo}, rights, nil); err != nil {
+		return p.explain(ctx, "cannot have the agent go on", err)
+	}
+	return nil
 }
 
 // boundedFile is a memory file that can be written to, but never past size.
@@ -178,7 +176,23 @@ func (p *agentProcess) namespace(ctx context.Context, kind string) (*os.File, er
 
 // introduce tells the agent its sandbox, and what to launch in it, if anything; it answers with what the agent says of that.
 func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File, launch []byte) ([]byte, error) {
+	return p.tell(ctx, unix.UnixRights(int(root.Fd()), int(listener.Fd())), spec.ContainerBoot{Launch: launch})
+}
+
+// prepare has the agent make a root ahead of time, and introducePrepared tells it whose that is.
+func (p *agentProcess) prepare(ctx context.Context, root, listener *os.File, preparation []byte) error {
+	_, err := p.tell(ctx, unix.UnixRights(int(root.Fd()), int(listener.Fd())), spec.ContainerBoot{Prepare: preparation})
+	return err
+}
+
+func (p *agentProcess) introducePrepared(ctx context.Context, launch []byte) ([]byte, error) {
+	return p.tell(ctx, nil, spec.ContainerBoot{Launch: launch})
+}
+
+// tell sends a boot message and answers with what was launched.
+func (p *agentProcess) tell(ctx context.Context, rights []byte, boot spec.ContainerBoot) ([]byte, error) {
 	limit, size := bootTimeout, smallBootResult
+	launch := boot.Launch
 	if launch != nil {
 		limit, size = launchTimeout, maxBootResult
 	}
@@ -186,11 +200,12 @@ func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File, l
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = p.boot.SetDeadline(time.Unix(1, 0)) }) // wakes both calls below
 	defer stop()
-	msg, err := json.Marshal(spec.ContainerBoot{Version: spec.ProtocolVersion, Trace: phase.On(), Launch: launch})
+	boot.Version, boot.Trace = spec.ProtocolVersion, phase.On()
+	msg, err := json.Marshal(boot)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the boot message: %w", err)
 	}
-	if _, _, err := p.boot.WriteMsgUnix(msg, unix.UnixRights(int(root.Fd()), int(listener.Fd())), nil); err != nil {
+	if _, _, err := p.boot.WriteMsgUnix(msg, rights, nil); err != nil {
 		return nil, p.explain(ctx, "cannot send the boot message", err)
 	}
 	buf := make([]byte, size)
@@ -221,6 +236,11 @@ func parseBootResult(b []byte, launched bool) ([]byte, error) {
 	return result.Launched, nil
 }
 
+// agentError is of the agent itself, in whatever step it showed.
+type agentError struct{ error }
+
+func (e *agentError) Unwrap() error { return e.error }
+
 // explain adds what the agent left on its standard error, and the reason when time was up.
 func (p *agentProcess) explain(ctx context.Context, what string, err error) error {
 	if err == nil || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, io.EOF) {
@@ -231,9 +251,9 @@ func (p *agentProcess) explain(ctx context.Context, what string, err error) erro
 	}
 	const shown = 2048
 	if said := crashText(p.crash, shown); said != "" {
-		return fmt.Errorf("%s: %w; it said %q", what, err, said)
+		return &agentError{fmt.Errorf("%s: %w; it said %q", what, err, said)}
 	}
-	return fmt.Errorf("%s: %w", what, err)
+	return &agentError{fmt.Errorf("%s: %w", what, err)}
 }
 
 // crashText is the beginning of what an agent wrote to standard error.
@@ -250,6 +270,12 @@ func crashText(f *os.File, limit int) string {
 func (p *agentProcess) abandon() {
 	_ = p.boot.Close()
 	_ = p.crash.Close()
+	if p.spawning != nil {
+		_ = p.arrived() // if it does not, there is nothing to end
+	}
+	if p.pidfd == nil {
+		return
+	}
 	_ = signalProcess(p.pidfd, unix.SIGKILL) // it may have ended
 	waitProcess(p.pidfd)
 	waitReaped(context.Background(), p.pidfd)

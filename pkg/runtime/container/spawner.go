@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -18,14 +17,18 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
-// A child in a user namespace cannot share its parent's memory until it executes its program: the kernel copies the
-// page tables of the whole parent, and every page the parent then writes. From a daemon with 64 MB of heap that takes 10
-// ms, from a small process 2. So the daemon has a spawner: this same program, started under another name, that does
-// nothing but fork agents. It lives as long as its end of a socket: when the daemon dies, so does it, and the agents
-// go on as children of init.
+// Forking from the daemon itself would need the daemon's threads to stand still in the wrong moments, and its memory to be shared
+// with, or copied for, what becomes a sandbox. So the daemon has a spawner: this same program, started under another name, that
+// does nothing but fork agents. It lives as long as its end of a socket: when the daemon dies, so does it, and the agents go on
+// as children of init.
 //
-//	daemon ── request: cgroup, ids; program, standard error, boot and reply sockets ──▶ spawner
-//	       ◀── on the reply socket: pid; pidfd ──────────────────────────────────────── forks the agent, later reaps it
+//	daemon ── request: ids, how many cgroups; program, standard error, boot and reply sockets, cgroup2 directory ──▶ spawner
+//	       ◀── on the reply socket: pid; pidfd ── forks a child into new namespaces, gives it its ids
+//	       ── on the boot socket: go; cgroups ──▶ the child enters them, becomes root inside, executes the agent
+//	                                              ◀── reaps it later ──
+//
+// So the daemon makes the cgroup while the kernel makes the namespaces, and a root while the agent's program starts. What the
+// child does until then is agentCalls: none of it is Go's.
 
 const (
 	// spawnerName is the name (argv[0]) under which this program is a spawner.
@@ -36,8 +39,8 @@ const (
 	spawnTimeout = 20 * time.Second
 	// maxSpawnMessage bounds requests and answers.
 	maxSpawnMessage = 4096
-	// descriptorGap is more than a fork moves descriptors by: one for each passed on, and one for Go's own pipe.
-	descriptorGap = 16
+	// firstMoved is above every descriptor that an agent is to have.
+	firstMoved = 64
 )
 
 // init makes this program a spawner when it was started as one. It is in init, and not in a function for main to call,
@@ -49,9 +52,11 @@ func init() {
 }
 
 type spawnRequest struct {
-	CgroupParent string `json:"cgroupParent"`
-	ID           string `json:"id"`
-	Base         uint32 `json:"base"`
+	Base uint32 `json:"base"`
+	// How many cgroups come with the word to go.
+	Doors int `json:"doors"`
+	// Whether the cgroup2 directory is among the descriptors.
+	Unified bool `json:"unified"`
 }
 
 type spawnReply struct {
@@ -65,6 +70,7 @@ const (
 	fdCrash
 	fdBoot
 	fdReply
+	fdUnified // only if there is one
 	spawnFDs
 )
 
@@ -133,25 +139,38 @@ func (s *spawner) close() {
 	}
 }
 
-// spawn has an agent forked, and answers with its pid and pidfd.
-func (s *spawner) spawn(req spawnRequest, program, crash, boot *os.File) (int, *os.File, error) {
+// spawning is an agent being forked: answer says how it went, once.
+type spawning struct{ reply *net.UnixConn }
+
+// request asks for an agent and does not wait for it. A nil unified is none.
+func (s *spawner) request(req spawnRequest, program, crash, boot, unified *os.File) (*spawning, error) {
 	ours, theirs, err := messageSockets()
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
-	defer ours.Close() //nolint:errcheck // read to its one message
+	fds := []int{int(program.Fd()), int(crash.Fd()), int(boot.Fd()), int(theirs.Fd())}
+	if req.Unified = unified != nil; req.Unified {
+		fds = append(fds, int(unified.Fd()))
+	}
 	msg, err := json.Marshal(req)
 	if err == nil {
-		err = s.send(msg, unix.UnixRights(int(program.Fd()), int(crash.Fd()), int(boot.Fd()), int(theirs.Fd())))
+		err = s.send(msg, unix.UnixRights(fds...))
 	}
-	_ = theirs.Close() // the spawner has its own: when it dies, the read below ends
+	_ = theirs.Close() // the spawner has its own: when it dies, reading the answer ends
 	if err != nil {
+		_ = ours.Close() // nothing will come
+		return nil, err
+	}
+	return &spawning{ours}, nil
+}
+
+// answer waits for the agent's pid and pidfd.
+func (s *spawning) answer() (int, *os.File, error) {
+	defer s.reply.Close() //nolint:errcheck // read to its one message
+	if err := s.reply.SetReadDeadline(time.Now().Add(spawnTimeout)); err != nil {
 		return 0, nil, err
 	}
-	if err := ours.SetReadDeadline(time.Now().Add(spawnTimeout)); err != nil {
-		return 0, nil, err
-	}
-	answer, files, err := receive(ours)
+	answer, files, err := receive(s.reply)
 	if err != nil {
 		return 0, nil, fmt.Errorf("cannot hear from the spawner: %w", err)
 	}
@@ -251,24 +270,32 @@ func spawnerMain() {
 
 // serveSpawn answers one request, and reaps the agent when it ends. Runs in the spawner.
 func serveSpawn(msg []byte, files []*os.File) {
-	pid, pidfd, err := forkAgent(msg, files)
-	if len(files) == spawnFDs {
-		answer(files[fdReply], pid, pidfd, err)
+	a, err := forkAgent(msg, files)
+	if len(files) >= fdReply+1 {
+		answer(files[fdReply], a, err)
+		_ = files[fdReply].Close() // it has its one message
+	}
+	if err == nil {
+		// Who reads the crash log when the boot socket is closed at the agent's end finds there what kept the agent from being one:
+		// until it is written this process has that end too.
+		if failure := a.started(); failure != nil {
+			_, _ = fmt.Fprintln(files[fdCrash], failure) // a file that is full has enough of it
+		}
 	}
 	_ = closeAll(files) // the agent has its own
 	if err != nil {
 		return
 	}
-	waitProcess(pidfd)
-	_ = pidfd.Close()
+	waitProcess(a.child.PIDFD)
+	_ = a.child.PIDFD.Close()
 }
 
-func answer(to *os.File, pid int, pidfd *os.File, err error) {
-	reply, rights := spawnReply{PID: pid}, []byte(nil)
+func answer(to *os.File, a *forkedAgent, err error) {
+	reply, rights := spawnReply{}, []byte(nil)
 	if err != nil {
 		reply.Error = err.Error()
 	} else {
-		rights = unix.UnixRights(int(pidfd.Fd()))
+		reply.PID, rights = a.child.PID, unix.UnixRights(int(a.child.PIDFD.Fd()))
 	}
 	msg, err := json.Marshal(reply)
 	if err != nil {
@@ -276,54 +303,4 @@ func answer(to *os.File, pid int, pidfd *os.File, err error) {
 	}
 	// A daemon that is gone does not listen; the agent sees its boot socket closed and ends.
 	_ = unix.Sendmsg(int(to.Fd()), msg, rights, nil, unix.MSG_NOSIGNAL)
-}
-
-// forkAgent forks an agent as PID 1 of new namespaces, in its cgroup from its clone on. Runs in the spawner.
-func forkAgent(msg []byte, files []*os.File) (int, *os.File, error) {
-	var req spawnRequest
-	if err := json.Unmarshal(msg, &req); err != nil {
-		return 0, nil, fmt.Errorf("cannot decode a request: %w", err)
-	}
-	if len(files) != spawnFDs {
-		return 0, nil, fmt.Errorf("%d descriptors came with a request, not %d", len(files), spawnFDs)
-	}
-	group, err := cgroup.Load(req.CgroupParent, req.ID)
-	if err != nil {
-		return 0, nil, err
-	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer null.Close() //nolint:errcheck // nothing is written to it
-	fds := []uintptr{null.Fd(), null.Fd(), files[fdCrash].Fd(), files[fdBoot].Fd()}
-	// The child finds its program by the descriptor's number, after Go has moved descriptors to 0 to 3 and, on the way, to
-	// numbers right above the highest of them. Out of their way, then.
-	program, err := unix.FcntlInt(files[fdProgram].Fd(), unix.F_DUPFD_CLOEXEC, int(slices.Max(fds))+descriptorGap)
-	if err != nil {
-		return 0, nil, fmt.Errorf("cannot move a descriptor: %w", err)
-	}
-	defer unix.Close(program) //nolint:errcheck // only executed
-	pid, pidfd := 0, -1
-	err = group.Start(func(attr *syscall.SysProcAttr) error {
-		agentAttr(attr, req.Base)
-		attr.PidFD = &pidfd
-		var err error
-		pid, err = syscall.ForkExec(fmt.Sprintf("/proc/self/fd/%d", program), []string{"sandbox-agent", name}, &syscall.ProcAttr{
-			Dir:   "/",
-			Env:   []string{},
-			Files: fds,
-			Sys:   attr,
-		})
-		return err
-	})
-	if err != nil {
-		return 0, nil, err
-	}
-	if err = unix.SetNonblock(pidfd, true); err != nil { // lets the Go runtime's poller wait for it
-		_ = unix.Kill(pid, unix.SIGKILL) // our child, not reaped: the number is its own
-		_, _ = unix.Wait4(pid, nil, 0, nil)
-		return 0, nil, fmt.Errorf("cannot watch the agent: %w", err)
-	}
-	return pid, os.NewFile(uintptr(pidfd), "pidfd"), nil
 }

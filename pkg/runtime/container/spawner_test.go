@@ -2,11 +2,13 @@ package container
 
 import (
 	"errors"
+	"math"
 	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,8 +98,8 @@ func TestSpawnerRefusesWhatItDoesNotUnderstand(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer null.Close() //nolint:errcheck // a test's
-	if _, _, err := r.spawner.spawn(spawnRequest{CgroupParent: h.config.CgroupParent, ID: "unknown"}, null, null, null); err == nil || !strings.Contains(err.Error(), "no cgroup") {
-		t.Errorf("spawn without a cgroup = %v", err)
+	if _, err := agentOf(t, r, spawnRequest{Base: math.MaxUint32}); err == nil || !strings.Contains(err.Error(), "its ids") {
+		t.Errorf("an agent with ids that are none = %v", err)
 	}
 	if err := r.spawner.send([]byte("{"), unix.UnixRights(int(null.Fd()))); err != nil {
 		t.Errorf("send: %v", err)
@@ -105,4 +107,61 @@ func TestSpawnerRefusesWhatItDoesNotUnderstand(t *testing.T) {
 	i := mustStart(t, r, h.sandbox(1)) // it still works
 	want(t, i, "echo works", "works")
 	mustRemove(t, r, h.sandbox(1).ID)
+}
+
+// agentOf has the spawner fork an agent that nobody's sandbox is, and answers when it has its namespaces.
+func agentOf(t *testing.T, r *Runtime, req spawnRequest) (*agentProcess, error) {
+	t.Helper()
+	program, err := r.agent.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := r.spawner.startAgent(program, req, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.abandon)
+	return p, p.arrived()
+}
+
+// What keeps a process from becoming the agent is said, and no part of its confinement is left out for it.
+func TestAgentThatCannotBecomeOneSaysWhy(t *testing.T) {
+	h := newHost(t)
+	r := h.daemon(t)
+	p, err := agentOf(t, r, spawnRequest{Base: 0x7fff0000, Doors: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.goOn(t.Context(), nil); err != nil { // without the cgroup that it is to enter
+		t.Fatal(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close() //nolint:errcheck // a test's
+	_, err = p.introduce(t.Context(), null, null, nil)
+	if err == nil || !strings.Contains(err.Error(), "cannot enter a cgroup: bad file descriptor") {
+		t.Errorf("a process without its cgroup: %v", err)
+	}
+}
+
+// A daemon that dies before it lets a forked process go on leaves no process.
+func TestAgentWithoutAWordToGoEnds(t *testing.T) {
+	h := newHost(t)
+	r := h.daemon(t)
+	p, err := agentOf(t, r, spawnRequest{Base: 0x7fff0000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.boot.Close(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { waitProcess(p.pidfd); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(spawnTimeout):
+		t.Error("it waits on")
+	}
 }

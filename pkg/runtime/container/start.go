@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
-	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
 	"github.com/sandboxd/sandboxd/pkg/disk"
@@ -38,8 +36,6 @@ type start struct {
 	s spec.Sandbox
 	// What the cgroup and the id range are made under: see record.MadeAs.
 	madeAs string
-	// The loop device below the writable layer.
-	loop string
 	// The image, open for reading; not the start's to close.
 	imageFile *os.File
 
@@ -53,8 +49,10 @@ type start struct {
 	root     *os.File
 	held     held
 
+	// What its root was made like ahead of time; nil if it was not.
+	prepared *preparation
 	// What the agent is to launch as it boots, nil for nothing, and what it said of that.
-	launch   func(runtime.Facts) ([]byte, error)
+	launch   func(runtime.Launching) ([]byte, error)
 	launched []byte
 	instance *instance
 
@@ -72,10 +70,17 @@ type step struct {
 	awaits bool
 	// Asks nothing of the sandbox but the size of its layer: done ahead of time for those in the pool.
 	ahead bool
+	// Asks besides only for the image: done ahead of time where somebody is likely to want it.
+	prepares bool
 }
 
-// steps make a sandbox, in this order. What takes long goes side by side: the layer is made while the agent is forked, the
-// root file system while the agent's runtime initialises.
+const (
+	agentStep    = "agent"
+	cgroupAdvice = "mount cgroup2 on /sys/fs/cgroup with the controllers cpu, memory and pids, or run sandboxd outside of a container that hides them"
+)
+
+// steps make a sandbox, in this order. What takes long goes side by side: the layer and the cgroup are made while the kernel
+// makes the namespaces, the root file system while the agent's runtime initialises.
 var steps = []step{
 	{name: "record", run: (*start).writeRecord, ahead: true,
 		advice: "check that the run directory is on a writable file system"},
@@ -83,17 +88,19 @@ var steps = []step{
 		advice: "install e2fsprogs, load the kernel modules loop and ext4, check free space in the state directory"},
 	{name: "ids", run: (*start).allocateIDs, ahead: true,
 		advice: "check the directory of id ranges, and remove sandboxes that nobody needs"},
-	{name: "cgroup", run: (*start).makeGroup, ahead: true,
-		advice: "mount cgroup2 on /sys/fs/cgroup with the controllers cpu, memory and pids, or run sandboxd outside of a container that hides them"},
+	{name: "unified cgroup", run: (*start).prepareGroup, ahead: true, advice: cgroupAdvice},
+	{name: "fork", run: (*start).spawn, ahead: true,
+		advice: "see that sandbox-agent is where sandboxd looks for it, and that sandboxd may start processes of its own program"},
+	{name: "cgroup", run: (*start).makeGroup, ahead: true, advice: cgroupAdvice},
 	{name: "socket", run: (*start).makeSocket, ahead: true,
 		advice: "check that the run directory is on a file system that has sockets"},
-	{name: "namespaces", run: (*start).spawn, ahead: true,
+	{name: "namespaces", run: (*start).enter, ahead: true,
 		advice: "allow user namespaces: sysctl user.max_user_namespaces must be above 0; run sandboxd as root"},
-	{name: "apparmor", run: (*start).loadAppArmor,
+	{name: "apparmor", run: (*start).loadAppArmor, prepares: true,
 		advice: "see what apparmor_parser says; install the package apparmor anew, or boot with apparmor=0 to do without"},
-	{name: "root file system", run: (*start).buildRoot, awaits: true,
+	{name: "root file system", run: (*start).buildRoot, awaits: true, prepares: true,
 		advice: "use kernel 6.1 or newer with the modules erofs and overlay"},
-	{name: "agent", run: (*start).introduce,
+	{name: agentStep, run: (*start).introduce,
 		advice: "check that sandbox-agent and sandboxd are of the same version"},
 }
 
@@ -113,7 +120,7 @@ func (r *Runtime) Start(ctx context.Context, s spec.Sandbox) (runtime.Instance, 
 }
 
 // Launch implements runtime.Launcher. A nil message launches nothing.
-func (r *Runtime) Launch(ctx context.Context, s spec.Sandbox, message func(runtime.Facts) ([]byte, error)) (runtime.Instance, []byte, error) {
+func (r *Runtime) Launch(ctx context.Context, s spec.Sandbox, message func(runtime.Launching) ([]byte, error)) (runtime.Instance, []byte, error) {
 	if err := validate(s); err != nil {
 		return nil, nil, err
 	}
@@ -130,10 +137,10 @@ func (r *Runtime) Launch(ctx context.Context, s spec.Sandbox, message func(runti
 }
 
 // start answers with the finished start.
-func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File, message func(runtime.Facts) ([]byte, error)) (*start, error) {
+func (r *Runtime) start(ctx context.Context, s spec.Sandbox, img *os.File, message func(runtime.Launching) ([]byte, error)) (*start, error) {
 	r.pool.note()
 	defer r.pool.note()
-	if st := r.pool.take(s); st != nil {
+	if st := r.pool.take(s, img); st != nil {
 		err := r.finish(ctx, st, s, img, message)
 		if !errors.Is(err, errTaken) {
 			return st, err
@@ -173,7 +180,11 @@ func (st *start) do(ctx context.Context, s step) error {
 			fault.At("container start", s.name)
 		}
 		if err != nil {
-			return &stepError{s.name, fmt.Errorf("cannot start sandbox %s: %w", st.s.ID, err)}
+			name := s.name
+			if e := (*agentError)(nil); errors.As(err, &e) {
+				name = agentStep // which runs beside those after its fork
+			}
+			return &stepError{name, fmt.Errorf("cannot start sandbox %s: %w", st.s.ID, err)}
 		}
 		return nil
 	}
@@ -214,8 +225,13 @@ func (st *start) close() {
 			*f = nil
 		}
 	}
+	if l := st.held.layer; l != nil {
+		close(l.quiet) // of a start that failed, whose agent is gone
+		st.held.layer = nil
+	}
 	if st.held.image != nil {
-		_ = st.r.mounts.do(func() error { return st.r.mounts.leaveImage(st.held.image) }) // of a start that failed: its error counts
+		image := st.held.image
+		st.r.mounts.doIfRunning(func() { st.r.mounts.leaveImage(image) })
 		st.held.image = nil
 	}
 }
@@ -236,7 +252,7 @@ func (st *start) allocateIDs(context.Context) (err error) {
 	return err
 }
 
-func (st *start) makeGroup(context.Context) (err error) {
+func (st *start) limits() cgroup.Limits {
 	limits := st.r.limits(st.s.Resources)
 	if weaken.Without("list of devices") {
 		limits.Devices = nil
@@ -244,9 +260,15 @@ func (st *start) makeGroup(context.Context) (err error) {
 	if weaken.Without("limits of the cgroup") {
 		limits = cgroup.Limits{Devices: limits.Devices}
 	}
-	st.group, err = cgroup.New(st.r.config.CgroupParent, st.madeAs, limits)
+	return limits
+}
+
+func (st *start) prepareGroup(context.Context) (err error) {
+	st.group, err = cgroup.Prepare(st.r.config.CgroupParent, st.madeAs, st.limits())
 	return err
 }
+
+func (st *start) makeGroup(context.Context) error { return st.group.Complete(st.limits()) }
 
 func (st *start) makeSocket(context.Context) (err error) {
 	st.listener, err = listen(st.r.dir(st.s.ID))
@@ -258,52 +280,73 @@ func (st *start) loadAppArmor(ctx context.Context) (err error) {
 	return err
 }
 
+// spawn has the agent's process forked, and does not wait for it.
 func (st *start) spawn(context.Context) error {
 	program, err := st.r.agent.open()
 	if err != nil {
 		return err
 	}
-	st.agent, err = st.r.spawner.agent(program, spawnRequest{CgroupParent: st.rec.CgroupParent, ID: st.madeAs, Base: st.base})
+	unified, err := st.group.Unified()
+	if err != nil {
+		return err
+	}
+	if unified != nil {
+		defer unified.Close() //nolint:errcheck // a path descriptor
+	}
+	st.agent, err = st.r.spawner.startAgent(program, spawnRequest{Base: st.base, Doors: st.group.DoorCount(st.limits())}, unified)
 	return err
 }
 
-// attachLayer mounts the writable layer; it makes, or repairs, the layer first. Beside the other steps: the kernel marks the
-// file system as in use and waits until the mark has reached the disk.
+// enter has the process, in its namespaces, enter its cgroup and become the agent.
+func (st *start) enter(ctx context.Context) error {
+	if err := st.agent.arrived(); err != nil {
+		return err
+	}
+	doors, err := st.group.Doors(st.limits())
+	if err != nil {
+		return err
+	}
+	defer closeAll(doors) //nolint:errcheck // nothing was written to them
+	return st.agent.goOn(ctx, doors)
+}
+
+// attachLayer mounts the writable layer; it makes, or repairs, the layer first. Beside the other steps: where there is no spare
+// one, the kernel marks the file system as in use and waits until the mark has reached the disk.
 func (st *start) attachLayer(ctx context.Context) error {
+	stateDir, size := st.r.config.StateDir, st.s.Resources.DiskBytes
 	// Known before it is made: if that fails half-way, the half goes too.
-	_, err := os.Lstat(disk.LayerPath(st.r.config.StateDir, st.s.ID))
+	_, err := os.Lstat(layerDir(stateDir, st.s.ID))
 	st.fresh = errors.Is(err, fs.ErrNotExist)
-	path, created, err := st.r.config.Disk.Layer(st.r.config.StateDir, st.s.ID, name, st.s.Resources.DiskBytes)
-	if err != nil {
-		return err
-	}
-	if !created {
-		// Of a daemon that died between the end of a sandbox and its release: two mounts of one layer would destroy it.
-		if err := disk.WaitDetached(ctx, path); err != nil {
-			return err
-		}
-		if err := disk.Repair(ctx, path); err != nil {
+	var l *layer
+	if st.fresh {
+		if l, err = st.r.layers.spare(st.s.ID, size); err != nil {
 			return err
 		}
 	}
-	fault.At("container start", "layer there")
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return fmt.Errorf("cannot open the writable layer: %w", err)
+	if l == nil {
+		st.r.layers.settle(st.s.ID) // of an end so short ago that it is mounted yet
+		path, created, err := st.r.config.Disk.Layer(stateDir, st.s.ID, name, size)
+		if err != nil {
+			return err
+		}
+		if !created {
+			// Of a daemon that died between the end of a sandbox and its release: two mounts of one layer would destroy it.
+			if err := disk.WaitDetached(ctx, path); err != nil {
+				return err
+			}
+			if err := disk.Repair(ctx, path); err != nil {
+				return err
+			}
+		}
+		fault.At("container start", "layer there")
+		if l, err = st.r.layers.mountFile(st.s.ID, path, size); err != nil {
+			return err
+		}
 	}
-	defer f.Close() //nolint:errcheck // the loop device has its own reference
-	loop, err := disk.AttachLoop(f, false)
-	if err != nil {
-		return err
-	}
-	defer loop.Close() //nolint:errcheck // the mount keeps the device
-	fault.At("container start", "layer on a loop device")
-	st.layer, err = mountFS("ext4", unix.MOUNT_ATTR_NODEV, option{"source", fdPath(loop)}, option{"errors", "remount-ro"})
-	if err != nil {
+	st.held.layer = l
+	if st.layer, err = l.again(); err != nil {
 		return fmt.Errorf("cannot mount the writable layer: %w", err)
 	}
-	st.loop = filepath.Base(loop.Name())
-	st.r.unmounts.mounted(st.s.ID, st.loop, path)
 	return nil
 }
 
@@ -342,18 +385,25 @@ func (st *start) introduce(ctx context.Context) error {
 	}
 	fault.At("container start", "known")
 	var launch []byte
+	dir, done := st.r.dir(st.s.ID), make(chan struct{})
 	if st.launch != nil {
-		if launch, err = st.launch(st.rec.facts()); err != nil {
+		launching := runtime.Launching{Facts: st.rec.facts(), Dial: func(ctx context.Context) (net.Conn, error) { return dial(ctx, dir) }, Done: done}
+		if launch, err = st.launch(launching); err != nil {
 			return err
 		}
 	}
-	if st.launched, err = st.agent.introduce(ctx, st.root, st.listener, launch); err != nil {
+	if st.prepared != nil {
+		st.launched, err = st.agent.introducePrepared(ctx, launch)
+	} else {
+		st.launched, err = st.agent.introduce(ctx, st.root, st.listener, launch)
+	}
+	if err != nil {
 		return err
 	}
 	fault.At("container start", "agent has its root")
 	_ = st.agent.boot.Close() // the agent closed its end
 	st.held.crash = st.agent.crash
-	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, st.held)
+	st.instance = st.r.newInstance(st.rec, st.agent.pidfd, st.group, st.held, done)
 	st.agent, st.held = nil, held{} // the instance's now
 	st.r.mu.Lock()
 	st.r.instances[st.s.ID] = st.instance

@@ -226,8 +226,10 @@ func listLoops(d *Daemon) ([]string, error) {
 		if err != nil {
 			continue // detached meanwhile
 		}
-		// An image's, kept for the next workload, is the daemon's own.
-		if b := string(backing); strings.HasPrefix(b, d.StateDir) && !strings.HasPrefix(b, d.StateDir+"/images/") {
+		// An image's, kept for the next workload, is the daemon's own, and so is an emptied layer as long as it lives.
+		b := string(backing)
+		own := strings.HasPrefix(b, d.StateDir+"/images/") || d.running() && strings.HasPrefix(b, d.spareLayers())
+		if strings.HasPrefix(b, d.StateDir) && !own {
 			found = append(found, fmt.Sprintf("%s backed by %s", strings.Split(f, "/")[3], strings.TrimSpace(b)))
 		}
 	}
@@ -318,12 +320,28 @@ func listNetworkDevices(*Daemon) ([]string, error) {
 // kept matches what a daemon makes once, below its state directory, and keeps for the next workload. Nothing else may
 // be new there after a test, a half-made one of these included.
 var kept = regexp.MustCompile(`^disk-templates/ext4-\d+-\d+$|` + // a formatted disk of each size
+	`^spare-layers$|` + // see countSpareLayers for what is in it
 	`^audit/audit\.log(\.\d+)?$|` + // bounded by --audit-log-keep
 	`^microvm/templates(/[0-9a-f]{64}(/memory|/state|/meta\.json)?)?$|` +
 	`^microvm/(kernel|initramfs)$|^microvm/kernel/[0-9a-f]{64}(/release|/vmlinux)?$|^microvm/initramfs/[0-9a-f]{64}\.cpio$`) // of the guest kernel
 
+// maxSpareLayers is how many emptied layers a daemon may keep, as docs/decisions/0010 says.
+const maxSpareLayers = 4
+
+func (d *Daemon) spareLayers() string { return filepath.Join(d.StateDir, "spare-layers") }
+
+// countSpareLayers is how many a daemon keeps. Those of one that has ended are a leak, and so are more than it may have.
+func (d *Daemon) countSpareLayers() int {
+	entries, err := os.ReadDir(d.spareLayers())
+	if err != nil || !d.running() {
+		return 0
+	}
+	return min(len(entries), maxSpareLayers)
+}
+
 func listFiles(d *Daemon) ([]string, error) {
 	var found []string
+	spares := d.countSpareLayers()
 	for _, dir := range []string{d.RunDir, d.StateDir, idDir} {
 		err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 			switch {
@@ -332,6 +350,9 @@ func listFiles(d *Daemon) ([]string, error) {
 			case err != nil:
 				return err
 			case kept.MatchString(strings.TrimPrefix(path, d.StateDir+"/")):
+			case filepath.Dir(path) == d.spareLayers() && spares > 0:
+				spares--
+				return fs.SkipDir
 			case e.Type()&fs.ModeSocket != 0:
 				found = append(found, "socket "+path)
 			case e.IsDir():
@@ -354,7 +375,19 @@ func listDescriptors(d *Daemon) ([]string, error) {
 	if !d.running() {
 		return nil, nil
 	}
-	return descriptorsOf(d.Cmd.Process.Pid)
+	found, err := descriptorsOf(d.Cmd.Process.Pid)
+	// It has a mount of each spare layer.
+	mounts := 0
+	for _, f := range found {
+		if strings.HasPrefix(f, "/ (number ") {
+			mounts++
+		}
+	}
+	spare := map[string]bool{}
+	for i := range min(d.countSpareLayers(), mounts) {
+		spare[fmt.Sprintf("/ (number %d)", mounts-i)] = true
+	}
+	return slices.DeleteFunc(found, func(f string) bool { return spare[f] }), err
 }
 
 func descriptorsOf(pid int) ([]string, error) {
