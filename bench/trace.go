@@ -40,6 +40,9 @@ func traceContainers(ctx context.Context, b *bench) error {
 	}
 	const warmUps = 3
 	for i := range b.runs + warmUps {
+		if b.pool > 0 {
+			time.Sleep(poolPause)
+		}
 		records, err := tracedLife(ctx, b.d)
 		if err != nil {
 			return err
@@ -54,7 +57,7 @@ func traceContainers(ctx context.Context, b *bench) error {
 	}
 	// The last phases of a life are written after its Delete has answered.
 	time.Sleep(100 * time.Millisecond)
-	f, err := os.Open(filepath.Join(b.dir, traceFile))
+	f, err := os.Open(filepath.Join(filepath.Dir(b.d.stateDir), traceFile))
 	if err != nil {
 		return err
 	}
@@ -85,6 +88,9 @@ func traceContainers(ctx context.Context, b *bench) error {
 	}
 	return nil
 }
+
+// poolPause is enough for the daemon to make another sandbox ahead of time.
+const poolPause = 300 * time.Millisecond
 
 // tracedLife is run, call by call.
 func tracedLife(ctx context.Context, d *daemon) ([]phase.Record, error) {
