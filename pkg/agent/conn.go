@@ -29,15 +29,17 @@ const (
 // ttrpc's frame: https://github.com/containerd/ttrpc/blob/main/PROTOCOL.md.
 const (
 	frameHeader   = 10 // length, stream, type, flags
+	frameStreamAt = 4
 	frameTypeAt   = 8
 	frameResponse = 2
 )
 
-// conn is a connection to an agent that may be hostile. It never blocks for ever, and hands on only frames that are no
-// larger, and decode to no more objects, than an answer of ours: decoding multiplies size, up to sixtyfold for messages that
-// are empty.
+// conn is a connection to an agent that may be hostile. It never blocks for ever, and hands on only frames that answer a call,
+// the first time, and are no larger, and decode to no more objects, than an answer of ours: decoding multiplies size, up to
+// sixtyfold for messages that are empty.
 type conn struct {
 	net.Conn
+	calls  openCalls
 	reader *bufio.Reader
 	frame  []byte // the rest of one that was checked
 	// The frame that ended the connection.
@@ -48,6 +50,10 @@ func newConn(c net.Conn) *conn { return &conn{Conn: c, reader: bufio.NewReaderSi
 
 // Write implements net.Conn. A frame that was written in part can't be repaired: any failure ends the connection.
 func (c *conn) Write(b []byte) (int, error) {
+	// Before they are sent, since the answer may be here before the write returns.
+	if err := c.calls.sending(b); err != nil {
+		return 0, c.refuse("%w", err)
+	}
 	err := c.SetWriteDeadline(time.Now().Add(writeLimit))
 	n := 0
 	if err == nil {
@@ -85,6 +91,9 @@ func (c *conn) next() error {
 	}
 	if header[frameTypeAt] != frameResponse {
 		return c.refuse("a message of type %d, which is no answer", header[frameTypeAt])
+	}
+	if err := c.calls.answered(streamOf(header)); err != nil {
+		return c.refuse("%w", err)
 	}
 	frame := make([]byte, frameHeader+length)
 	copy(frame, header[:])

@@ -206,6 +206,28 @@ func TestGarbageInsteadOfProtocol(t *testing.T) {
 	}
 }
 
+// TestFramesWithoutEnd: an agent that sends frames which answer nothing, for ever, has its call fail at once, and say why.
+func TestFramesWithoutEnd(t *testing.T) {
+	c := agent.New(func(context.Context) (net.Conn, error) {
+		ours, theirs := net.Pipe()
+		go func() { _, _ = io.Copy(io.Discard, theirs) }()
+		go func() {
+			for { // until ours is closed
+				if _, err := theirs.Write([]byte{0, 0, 0, 0, 0x40, 0, 0, 1, 2, 0}); err != nil {
+					return
+				}
+			}
+		}()
+		return ours, nil
+	}, make(chan struct{}))
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if _, err := c.Process("p").Wait(ctx); spec.KindOf(err) != spec.KindInternal || !strings.Contains(err.Error(), "broke the protocol: an answer to call") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // TestGone: calls of a sandbox that has ended say so, also those that wait.
 func TestGone(t *testing.T) {
 	done := make(chan struct{})

@@ -193,8 +193,12 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 	})
 }
 
-// why is what the runtime knows of an end, or else what was seen of it.
+// why is what the runtime knows of an end, or else what was seen of it. If what was seen is not that the sandbox had ended, this
+// daemon ended it because of that, which is all that the runtime would know.
 func why(r *run, seen error) string {
+	if spec.KindOf(seen) != spec.KindWrongState {
+		return fmt.Sprint(seen)
+	}
 	if x, ok := r.inst.(runtime.Explainer); ok && x.Why() != "" {
 		return x.Why()
 	}

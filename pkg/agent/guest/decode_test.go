@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -43,6 +44,49 @@ func TestParseStatus(t *testing.T) {
 	if got := c.parseStatus(calls, []byte{childReady}); got != nil {
 		t.Errorf("a process that runs: %+v", got)
 	}
+}
+
+// FuzzParseStatus: whatever is in a new process's pipe, it runs only if that is the one byte.
+func FuzzParseStatus(f *testing.F) {
+	for _, said := range []string{"", "R", "RR", "R\x00\x00\x00\x00\x02\x00\x00\x00", "\x00\x00\x00\x00\x01\x00\x00\x00", "\xff\xff\xff\xff\x00\x00\x00\x00", "\x00\x00\x00\x80\x02\x00\x00\x00", "\x02\x00"} {
+		f.Add([]byte(said), 1)
+	}
+	f.Fuzz(func(t *testing.T, said []byte, step int) {
+		c := &confined{Args: []string{"x"}}
+		if step < executeStep || step >= len(confinement) {
+			return // the agent's own, and no part of what is read
+		}
+		calls := &rawfork.Calls{}
+		for _, s := range []int{step, reportStep, executeStep} {
+			calls.Must("", 0).Step = s
+		}
+		failure := c.parseStatus(calls, said)
+		if runs := string(said) == string(childReady); runs != (failure == nil) {
+			t.Errorf("after %q: %+v", said, failure)
+		}
+		if failure != nil && (failure.Message == "" || failure.Reason == agentv1.ExecFailure_REASON_UNSPECIFIED) {
+			t.Errorf("after %q nothing says why: %+v", said, failure)
+		}
+	})
+}
+
+// FuzzUser: whatever files an image brings, who is found has ids that the kernel knows, and numbers that were asked for stay.
+func FuzzUser(f *testing.F) {
+	f.Add("app:x:1000:1000::/home/app:/bin/sh\n", "app:x:1000:\nmore:x:7:app\n", "app")
+	f.Add("app:x:4294967296:1::/:\n", "", "app")
+	f.Add("a:x:-1:0::/:\n::::\n:", "a:x:0:a,a,a\n", "a:a")
+	f.Fuzz(func(t *testing.T, passwd, group, name string) {
+		who, err := userSpec{Name: name, UID: 7, GID: 8}.find(strings.NewReader(passwd), strings.NewReader(group))
+		if err != nil {
+			return
+		}
+		if who.uid > maxID || who.gid > maxID || who.home == "" || !slices.Contains(who.groups, who.gid) {
+			t.Errorf("%+v", who)
+		}
+		if name == "" && (who.uid != 7 || who.gid != 8) {
+			t.Errorf("asked for 7 and 8: %+v", who)
+		}
+	})
 }
 
 func FuzzParseBoot(f *testing.F) {

@@ -48,6 +48,11 @@ func (u userSpec) resolve() (identity, error) {
 	if err != nil {
 		return identity{}, err
 	}
+	return u.find(passwd, group)
+}
+
+// find looks the user up in an image's files: anybody's.
+func (u userSpec) find(passwd, group io.Reader) (identity, error) {
 	asked := u.Name
 	if asked == "" {
 		asked = strconv.FormatUint(uint64(u.UID), 10) + ":" + strconv.FormatUint(uint64(u.GID), 10)

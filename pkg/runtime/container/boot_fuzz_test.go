@@ -3,6 +3,8 @@ package container
 import (
 	"strings"
 	"testing"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
 // FuzzBootResult: whatever an agent answers to its boot message, what is told of it is short and plain.
@@ -25,6 +27,20 @@ func FuzzBootResult(f *testing.F) {
 		const quoted = 10 // "\U0010ffff"
 		if s := err.Error(); len(s) > quoted*maxRefusal+64 || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }) {
 			t.Errorf("an error of %d bytes: %q", len(s), s)
+		}
+	})
+}
+
+// FuzzAgentPhase: whatever an agent leaves on its standard error is taken for a phase, or is not.
+func FuzzAgentPhase(f *testing.F) {
+	for _, said := range []string{"", "12 34 mounts", "1-2", "1 2", "-1 x y", "9223372036854775808 1 z", "1\u00a02 s"} {
+		f.Add(spec.PhasePrefix + said + "\n")
+		f.Add(said)
+	}
+	f.Fuzz(func(t *testing.T, line string) {
+		r, ok := agentPhase(line)
+		if ok && (!strings.HasPrefix(r.Phase, "agent: ") || !strings.Contains(line, spec.PhasePrefix)) {
+			t.Errorf("%q is the phase %+v", line, r)
 		}
 	})
 }

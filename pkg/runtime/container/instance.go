@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -91,22 +92,32 @@ func (i *instance) watch() {
 
 // agentPhases moves what a tracing agent says of its phases to the trace, and answers with the rest. It is what an agent
 // claims, and so it goes nowhere else.
-func agentPhases(id, said string) (rest string) {
+func agentPhases(id, said string) string {
+	var rest strings.Builder
 	for line := range strings.Lines(said) {
-		r := phase.Record{ID: id}
-		fields, traced := strings.CutPrefix(strings.TrimSpace(line), spec.PhasePrefix)
-		if traced {
-			_, err := fmt.Sscan(fields, &r.Start, &r.Took)
-			traced = err == nil
-		}
+		record, traced := agentPhase(line)
 		if !traced {
-			rest += line
+			rest.WriteString(line)
 			continue
 		}
-		r.Phase = "agent: " + strings.Join(strings.Fields(fields)[2:], " ")
-		phase.Add(r)
+		record.ID = id
+		phase.Add(record)
 	}
-	return rest
+	return rest.String()
+}
+
+// agentPhase reads a line about a phase: the prefix, when it began, how long it took, and its name.
+func agentPhase(line string) (r phase.Record, ok bool) {
+	said, traced := strings.CutPrefix(strings.TrimSpace(line), spec.PhasePrefix)
+	fields := strings.Fields(said)
+	if !traced || len(fields) < 2 { //nolint:mnd // two numbers
+		return r, false
+	}
+	var errStart, errTook error
+	r.Start, errStart = strconv.ParseInt(fields[0], 10, 64)
+	r.Took, errTook = strconv.ParseInt(fields[1], 10, 64)
+	r.Phase = "agent: " + strings.Join(fields[2:], " ")
+	return r, errStart == nil && errTook == nil
 }
 
 // forget stops watching; the sandbox goes on.

@@ -310,6 +310,7 @@ var elsewhere = map[string]string{
 	"be undumpable":                     "TestNegativeControls",
 	"seal the agent":                    "TestNegativeControls",
 	"bound answers":                     "TestRogueAgent",
+	"match answers with calls":          "TestRogueAgent",
 	"tell how processes end":            "TestRogueAgent, where it is no protection but an attack",
 	"check directories":                 "TestLinkedDirectories",
 	"resolve inside the root":           "TestNegativeControls",
