@@ -223,20 +223,6 @@ func (g *Group) Complete(l Limits) error {
 	return nil
 }
 
-// Limit sets the group's limits anew.
-func (g *Group) Limit(l Limits) error {
-	if err := check(g.h, l); err != nil {
-		return err
-	}
-	if err := g.h.create(g.path, l); err != nil {
-		return fmt.Errorf("cannot limit the cgroup %s: %w", g.path, err)
-	}
-	if l.CPUSet != "" {
-		return g.Update(l) // the processes that are there must move
-	}
-	return nil
-}
-
 // Load finds a group that an earlier daemon made; an error of KindNotFound if there is none.
 func Load(parent, id string) (*Group, error) {
 	g, err := open(parent, id)

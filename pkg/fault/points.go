@@ -39,12 +39,12 @@ var points = []struct {
 
 	// pkg/runtime/container.
 	{"container start", container, []string{
-		"directory made", "record", "writable layer", "ids", "unified cgroup", "fork", "cgroup", "socket", "namespaces", "apparmor", "root file system", "agent",
+		"directory made", "record", "writable layer", "ids", "unified cgroup", "fork", "cgroup", "socket", "namespaces", "identity", "apparmor", "root file system", "agent",
 		"layer there", "layer on a loop device", "image mounted", "layers attached", "known", "agent has its root",
 	}},
 	{"container from the pool", container, []string{"directory named", "layer named"}},
 	{"container end", container, []string{
-		"begun", "killed", "reaped", "processes and cgroup", "layer", "ids", "layer deleted", "record", "layer withdrawn",
+		"begun", "killed", "ended", "reaped", "processes and cgroup", "layer", "ids", "layer deleted", "record", "layer withdrawn",
 	}},
 
 	// pkg/runtime/microvm.

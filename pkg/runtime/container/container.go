@@ -337,17 +337,24 @@ func (r *Runtime) end(ctx context.Context, verb, parent, id, madeAs string) erro
 	}
 	// The end of PID 1 is an event to wait for; the end of a process that has no instance is polled for by Delete. The
 	// instance is known until then, so that the next try has it too.
-	if i := r.instance(id); i != nil {
-		if err := timed(id, verb+"processes end", func() error { return i.reap(ctx) }); err != nil {
+	i := r.instance(id)
+	if i != nil {
+		if err := timed(id, verb+"processes end", func() error { return waitClosed(ctx, i.done) }); err != nil {
 			return err
 		}
+		fault.At("container end", "ended")
+	}
+	if group != nil {
+		if err := timed(id, verb+"cgroup", func() error { return group.Delete(ctx) }); err != nil {
+			return err
+		}
+	}
+	if i != nil {
+		waitReaped(ctx, i.pidfd) // by the spawner, meanwhile
 		fault.At("container end", "reaped")
 		r.forget(id)
 	}
-	if group == nil {
-		return nil
-	}
-	return timed(id, verb+"cgroup", func() error { return group.Delete(ctx) })
+	return nil
 }
 
 func (r *Runtime) instance(id string) *instance {

@@ -126,15 +126,6 @@ func (i *instance) forget() {
 	<-i.unwatched
 }
 
-// reap waits until the killed agent is gone.
-func (i *instance) reap(ctx context.Context) error {
-	if err := waitClosed(ctx, i.done); err != nil {
-		return err
-	}
-	waitReaped(ctx, i.pidfd)
-	return nil
-}
-
 func (i *instance) running() bool {
 	select {
 	case <-i.done:

@@ -432,7 +432,7 @@ func (st *start) become(s spec.Sandbox, img *os.File) error {
 	st.r.layers.rename(st.madeAs, s.ID)
 	st.r.hide(st.madeAs, false)
 	st.rec.ID, st.rec.DiskBytes, st.rec.PidsLimit = s.ID, s.Resources.DiskBytes, s.Resources.Pids
-	return st.group.Limit(st.r.limits(s.Resources))
+	return st.group.Update(st.r.limits(s.Resources))
 }
 
 // renameNew renames to a name that must be free, errTaken if it is not.

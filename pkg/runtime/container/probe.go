@@ -66,6 +66,7 @@ var findings = map[string]func() string{
 	"socket":         func() string { return "agent's socket can be bound" },
 	"namespaces":     func() string { return "agent starts in new user, pid, mount, net, ipc, uts and cgroup namespaces" },
 	"writable layer": func() string { return "ext4 on a loop device" },
+	"identity":       func() string { return "processes can be told from others" },
 	"apparmor": func() string {
 		if why := (*appArmor)(nil).missing(); why != "" {
 			return "no AppArmor profile: " + why

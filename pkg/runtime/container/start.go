@@ -96,6 +96,8 @@ var steps = []step{
 		advice: "check that the run directory is on a file system that has sockets"},
 	{name: "namespaces", run: (*start).enter, ahead: true,
 		advice: "allow user namespaces: sysctl user.max_user_namespaces must be above 0; run sandboxd as root"},
+	{name: "identity", run: (*start).identify, ahead: true,
+		advice: "mount /proc of the host's pid namespace without hidepid"},
 	{name: "apparmor", run: (*start).loadAppArmor, prepares: true,
 		advice: "see what apparmor_parser says; install the package apparmor anew, or boot with apparmor=0 to do without"},
 	{name: "root file system", run: (*start).buildRoot, awaits: true, prepares: true,
@@ -364,22 +366,24 @@ func (st *start) buildRoot(ctx context.Context) error {
 	})
 }
 
-// introduce gives the sandbox its record, and the agent its root, its socket and what to launch. In this order: a daemon that
-// comes after this one asks whom the record names whether the workload runs.
-func (st *start) introduce(ctx context.Context) error {
-	started, err := processStartTime(st.agent.pid)
+// identify finds out what tells the agent's process from others, and takes hold of its mounts.
+func (st *start) identify(ctx context.Context) (err error) {
+	st.rec.PID = st.agent.pid
+	st.rec.StartTime, err = processStartTime(st.agent.pid)
 	if errors.Is(err, errProcessGone) {
 		return st.agent.explain(ctx, "cannot identify the agent", nil)
 	}
 	if err != nil {
 		return err
 	}
-	mounts, err := st.agent.namespace(ctx, "mnt") // its last look: the number was the agent's
-	if err != nil {
-		return err
-	}
-	st.held.mounts = mounts
-	st.rec.Ready, st.rec.PID, st.rec.StartTime, st.rec.IDBase = true, st.agent.pid, started, st.base
+	st.held.mounts, err = st.agent.namespace(ctx, "mnt") // its last look: the number was the agent's
+	return err
+}
+
+// introduce gives the sandbox its record, and the agent its root, its socket and what to launch. In this order: a daemon that
+// comes after this one asks whom the record names whether the workload runs.
+func (st *start) introduce(ctx context.Context) (err error) {
+	st.rec.Ready, st.rec.IDBase = true, st.base
 	if err := writeRecord(st.r.dir(st.s.ID), st.rec); err != nil {
 		return err
 	}
