@@ -4,22 +4,21 @@ package main
 import (
 	"fmt"
 	"os"
-	"runtime"
 
 	"github.com/sandboxd/sandboxd/pkg/agent/guest"
 )
 
-// A goroutine that is locked to the main thread and ends would park it for ever; and a stage must become the workload on
-// one thread that it alone uses.
-func init() { runtime.LockOSThread() }
+// A container's agent runs from a memfd: its name would be a descriptor's number, where people look for what PID 1 is. It is that
+// of the main thread, which Go promises for initialization alone. (Pinned to it for longer, main's goroutine would pass the
+// processor through another thread whenever it waits.)
+var errName = guest.NameProcess("sandbox-agent")
 
 func main() {
 	if os.Args[0] == guest.StageName {
 		guest.RunStage()
 		return
 	}
-	// A container's agent runs from a memfd: its name would be a descriptor's number, where people look for what PID 1 is.
-	err := guest.NameProcess("sandbox-agent")
+	err := errName
 	switch {
 	case err != nil:
 	case len(os.Args) == 2 && os.Args[1] == "container":

@@ -27,6 +27,7 @@ func TestConfinement(t *testing.T) {
 		{"mkdir /tmp/x 2>&1 || true", "mkdir: can't create directory '/tmp/x': Inappropriate ioctl for device"}, // the filter
 		{"ls /proc/self/fd | tr '\\n' ' '", "0 1 2 3"},                                                          // 3 is ls's own
 		{"ulimit -n; ulimit -Hn", "512\n1024"},
+		{"cat /proc/self/timerslack_ns", "50000"},
 		{"hostname", "testhost"},
 		{"cat /etc/hostname", "testhost"},
 		{"grep -c localhost /etc/hosts", "2"},

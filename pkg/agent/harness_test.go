@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -141,7 +142,11 @@ func bootSandbox(t testing.TB) *sandbox {
 		Credential: &syscall.Credential{Uid: 0, Gid: 0},
 		Pdeathsig:  unix.SIGKILL,
 	}
-	if err := cmd.Start(); err != nil {
+	// As the container runtime does: the agent's timer slack is not to become its workload's.
+	runtime.LockOSThread()
+	err = errors.Join(unix.Prctl(unix.PR_SET_TIMERSLACK, 1_000_000, 0, 0, 0), cmd.Start(), unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0))
+	runtime.UnlockOSThread()
+	if err != nil {
 		t.Fatal(err)
 	}
 	theirs.Close()

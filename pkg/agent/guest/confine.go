@@ -72,7 +72,7 @@ var confinement = []struct {
 	{"set the umask", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).mask,
 		"the agent's own is 0"},
 	{"reset signals", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).signals,
-		"what the daemon ignored must not stay ignored, nor blocked what the fork blocked"},
+		"what the daemon ignored must not stay ignored, nor blocked what the fork blocked, nor timers late"},
 	{"forbid new privileges", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).noNewPrivileges,
 		"without it an unprivileged process may not install a filter"},
 	{"install the system call filter", agentv1.ExecFailure_REASON_CONFINEMENT, (*confined).filter,
@@ -257,8 +257,13 @@ func (c *confined) mask(calls *rawfork.Calls) error {
 
 func (c *confined) signals(calls *rawfork.Calls) error {
 	calls.ResetSignals()
+	// The agent's timers may run late, to save processor time: agentTimerSlack in pkg/runtime/container.
+	calls.Must("timer slack", unix.SYS_PRCTL, unix.PR_SET_TIMERSLACK, defaultTimerSlack, 0, 0, 0)
 	return nil
 }
+
+// defaultTimerSlack is the kernel's for a process that never asked, in nanoseconds.
+const defaultTimerSlack = 50_000
 
 func (c *confined) noNewPrivileges(calls *rawfork.Calls) error {
 	if c.NoNewPrivileges {

@@ -30,7 +30,7 @@ func RunContainer() error {
 		return err
 	}
 	unix.Umask(0) // modes are said in full
-	go warmUp()   // ends by itself
+	warmUp()
 	boot, root, listener, err := receiveBoot(bootFD)
 	if err != nil {
 		return errors.Join(err, answerBoot(bootFD, spec.BootResult{Error: err.Error()}))
@@ -56,8 +56,8 @@ func RunContainer() error {
 
 // prepareFor makes a root ahead of time, says so, and waits until it is somebody's: then it answers with what that one wants.
 func prepareFor(w *containerWall, encoded []byte) (*spec.ContainerBoot, error) {
-	config := &specs.Spec{}
-	if err := decodeConfig(encoded, config); err != nil {
+	config, err := decodeSpec(encoded)
+	if err != nil {
 		return nil, err
 	}
 	if err := w.prepare(config); err != nil {
@@ -203,7 +203,7 @@ func (w *containerWall) enter(config *specs.Spec, filter []byte) (_ *root, err e
 		return nil, err
 	}
 	end := phase("surrender capabilities")
-	err = surrender(config)
+	err = surrender(config, filters(filter))
 	end()
 	if err != nil {
 		return nil, err

@@ -32,9 +32,10 @@ var needed = []struct {
 	{unix.CAP_SETFCAP, "copies keep file capabilities"},
 }
 
-// unbounded are given up in the bounding set too, unless the workload has them: those that open most of the host's kernel to
-// whoever takes the agent over, so that no program executed as root has them again, where there is no no_new_privs either. Each
-// costs a stop of all of the agent's threads, so the rest stays there.
+// unbounded are given up in the bounding set too, unless the workload has them, where no no_new_privs follows (filterSelf): those
+// that open most of the host's kernel to whoever takes the agent over, so that no program executed as root has them again. Under
+// no_new_privs none has: execve then gives a program nothing that the process did not have permitted. Each costs a stop of all of
+// the agent's threads, so the rest stays there.
 var unbounded = []struct {
 	number uintptr
 	reason string
@@ -57,9 +58,9 @@ func undumpable() error {
 	return nil
 }
 
-// surrender gives up capabilities on every thread of the agent. A guest's agent does not: it shuts the machine down, and
-// the kernel it could attack is its own.
-func surrender(config *specs.Spec) error {
+// surrender gives up capabilities on every thread of the agent; filtered says that filterSelf comes next and has a filter. A
+// guest's agent does not: it shuts the machine down, and the kernel it could attack is its own.
+func surrender(config *specs.Spec, filtered bool) error {
 	if weaken.Without("surrender capabilities") {
 		return nil
 	}
@@ -75,7 +76,7 @@ func surrender(config *specs.Spec) error {
 		keep |= 1 << c.number
 	}
 	for _, c := range unbounded {
-		if kept.Bounding&(1<<c.number) != 0 {
+		if filtered || kept.Bounding&(1<<c.number) != 0 {
 			continue
 		}
 		if _, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, c.number, 0, 0, 0, 0); errno != 0 {
@@ -102,10 +103,13 @@ func surrender(config *specs.Spec) error {
 	return nil
 }
 
+// filters reports whether filterSelf does anything.
+func filters(filter []byte) bool { return len(filter) > 0 && !weaken.Without("filter the agent") }
+
 // filterSelf puts a filter over every thread of the agent, those to come and all stages included. With it come no_new_privs,
 // which the kernel asks of whoever has no CAP_SYS_ADMIN, and which every workload with a filter has anyway.
 func filterSelf(filter []byte) error {
-	if len(filter) == 0 || weaken.Without("filter the agent") {
+	if !filters(filter) {
 		return nil
 	}
 	// Both on one thread: the second asks for the first, and gives it to all others.

@@ -3,7 +3,6 @@ package guest
 import (
 	"context"
 
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -52,10 +51,12 @@ func (s *Service) doLaunch(encoded []byte) (*agentv1.LaunchResult, error) {
 }
 
 // warmUp has the decoders of JSON and protobuf look at the types that a launch will bring, which takes them longer than the
-// launch's own bytes do. It runs while the daemon makes the root.
+// launch's own bytes do. It is done while the daemon makes the root, and on the thread that then waits for it: another
+// would have to be made first, and take its processor time from whoever makes the root.
 func warmUp() {
 	defer phase("warm up")()
-	_ = decodeConfig([]byte("{}"), &specs.Spec{})
+	_, _ = decodeSpec([]byte("{}"))
+	_, _ = thisKernel() // remembers a failure
 	sample := &agentv1.Launch{
 		Configure: &agentv1.ConfigureRequest{Hostname: "h"},
 		Container: &agentv1.CreateContainerRequest{ContainerId: "c"},

@@ -4,8 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"regexp"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 )
@@ -33,8 +34,24 @@ const (
 	maxMTU = 65536
 )
 
-// interfacePattern is what the kernel takes as a name, and more.
-var interfacePattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,14}$`)
+// maxInterfaceName is the kernel's (IFNAMSIZ, without the NUL at its end).
+const maxInterfaceName = unix.IFNAMSIZ - 1
+
+// isInterfaceName: letters, digits, and after the first also _ and -. The kernel takes these and more.
+func isInterfaceName(s string) bool {
+	if s == "" || len(s) > maxInterfaceName {
+		return false
+	}
+	for i := range len(s) {
+		switch c := s[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case i > 0 && (c == '_' || c == '-'):
+		default:
+			return false
+		}
+	}
+	return true
+}
 
 // parseNetwork answers nil for a sandbox without a network. Words that go into files must not hold a second line.
 func parseNetwork(m *agentv1.Network) (*network, error) {
@@ -43,7 +60,7 @@ func parseNetwork(m *agentv1.Network) (*network, error) {
 	}
 	n := &network{name: m.Name, ifName: m.Interface, mac: m.Mac, mtu: m.Mtu, searchDomains: m.Search, dnsOptions: m.Options}
 	switch {
-	case !interfacePattern.MatchString(m.Interface):
+	case !isInterfaceName(m.Interface):
 		return nil, fmt.Errorf("%q is no name of an interface", m.Interface)
 	case len(m.Mac) != 0 && len(m.Mac) != macLen:
 		return nil, fmt.Errorf("a hardware address has %d bytes", len(m.Mac))

@@ -44,3 +44,14 @@ func TestBadNetworks(t *testing.T) {
 		}
 	}
 }
+
+func TestInterfaceNames(t *testing.T) {
+	for name, want := range map[string]bool{
+		"eth0": true, "0": true, "A-b_9": true, "abcdefghijklmno": true,
+		"": false, "abcdefghijklmnop": false, "-a": false, "_a": false, "a/b": false, "a.b": false, "a b": false, "é": false, "a\n": false, "..": false,
+	} {
+		if got := isInterfaceName(name); got != want {
+			t.Errorf("%q: %v", name, got)
+		}
+	}
+}

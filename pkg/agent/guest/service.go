@@ -2,10 +2,10 @@ package guest
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
-	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -93,12 +93,12 @@ func (s *Service) Configure(_ context.Context, r *agentv1.ConfigureRequest) (*ag
 	if err := s.wall.configure(r.Hostname, r.Now.AsTime(), r.Entropy, n); err != nil {
 		return nil, internal("cannot configure the sandbox: %v", err)
 	}
-	release, bootID, err := kernelIdentity()
+	k, err := thisKernel()
 	if err != nil {
 		return nil, internal("%v", err)
 	}
 	return &agentv1.ConfigureResponse{
-		ProtocolVersion: spec.ProtocolVersion, AgentVersion: spec.Version, KernelRelease: release, BootId: bootID,
+		ProtocolVersion: spec.ProtocolVersion, AgentVersion: spec.Version, KernelRelease: k.release, BootId: k.bootID,
 		OwnClock: s.wall.ownClock(),
 	}, nil
 }
@@ -129,8 +129,8 @@ func (s *Service) createContainer(r *agentv1.CreateContainerRequest) (*specs.Spe
 	if err := checkID(r.ContainerId); err != nil {
 		return nil, err
 	}
-	config := &specs.Spec{}
-	if err := decodeConfig(r.OciConfig, config); err != nil {
+	config, err := decodeSpec(r.OciConfig)
+	if err != nil {
 		return nil, err
 	}
 	for _, filter := range [][]byte{r.SeccompFilter, r.AgentFilter} {
@@ -314,25 +314,24 @@ func checkID(id string) error {
 	return nil
 }
 
-func decodeConfig(b []byte, into any) error {
-	if len(b) > maxConfigBytes {
-		return invalid("a configuration of %d bytes is larger than %d", len(b), maxConfigBytes)
-	}
-	if err := json.Unmarshal(b, into); err != nil {
-		return invalid("cannot decode the configuration: %v", err)
-	}
-	return nil
-}
+// kernel is which kernel, and which boot of it, the agent runs on.
+type kernel struct{ release, bootID string }
 
-// kernelIdentity says on which kernel, and on which boot of it, the agent runs.
-func kernelIdentity() (release, bootID string, err error) {
+// thisKernel is constant in an agent's life.
+var thisKernel = sync.OnceValues(func() (kernel, error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
-		return "", "", err
+		return kernel{}, err
 	}
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	fd, err := unix.Open("/proc/sys/kernel/random/boot_id", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", "", err
+		return kernel{}, fmt.Errorf("cannot open the kernel's boot id: %w", err)
 	}
-	return unix.ByteSliceToString(u.Release[:]), string(id[:max(0, len(id)-1)]), nil
-}
+	defer unix.Close(fd)
+	id := make([]byte, 64) // it has 36, and a line feed
+	n, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, id) })
+	if err != nil {
+		return kernel{}, fmt.Errorf("cannot read the kernel's boot id: %w", err)
+	}
+	return kernel{release: unix.ByteSliceToString(u.Release[:]), bootID: strings.TrimSpace(string(id[:n]))}, nil
+})

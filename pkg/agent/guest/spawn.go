@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -23,6 +25,8 @@ type stages struct {
 	children *children
 	// Where they start, set before the first; nil for the agent's own.
 	cgroup *os.File
+	// Held by who waits on a thread of its own: hear.
+	hearing sync.Mutex
 }
 
 // stageProgram is the agent's own program, found from its working directory: a procfs of its own (rootfs.goHome), which no
@@ -35,28 +39,26 @@ func newStages(c *children) *stages { return &stages{children: c} }
 // has. ended is called when the process has ended, also after a failure.
 func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatus)) (int, error) {
 	end := phase("process: fork")
-	status, theirs, err := newPipe()
-	if err != nil {
-		return 0, err
+	var status [2]int
+	if err := unix.Pipe2(status[:], unix.O_CLOEXEC); err != nil {
+		return 0, fmt.Errorf("cannot make a pipe: %w", err)
 	}
-	defer status.Close()
-	defer theirs.Close()
 	c.stdio = stdio
-	calls, failure := c.plan(theirs.Fd())
+	calls, failure := c.plan(uintptr(status[1]))
 	if failure != nil {
+		unix.Close(status[0])
+		unix.Close(status[1])
 		return 0, failure
 	}
-	pid, err := s.children.start(func() (int, error) { return calls.Fork(s.cgroup, theirs.Fd()) }, ended)
+	pid, err := s.children.start(func() (int, error) { return calls.Fork(s.cgroup, uintptr(status[1])) }, ended)
 	end()
+	unix.Close(status[1]) // the child has its own
 	if err != nil {
+		unix.Close(status[0])
 		return 0, fmt.Errorf("cannot fork: %w", err)
 	}
-	theirs.Close() // the child has its own
 	defer phase("process: confine and execute")()
-	if err := status.SetReadDeadline(time.Now().Add(stageTimeout)); err != nil {
-		return 0, err
-	}
-	said, err := io.ReadAll(io.LimitReader(status, maxStatusBytes))
+	said, err := s.hear(status[0])
 	if err != nil {
 		_ = s.children.signal(pid, unix.SIGKILL)
 		return 0, &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot hear from the new process: %v", err)}
@@ -65,6 +67,61 @@ func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatu
 		return 0, failure
 	}
 	return pid, nil
+}
+
+// hear reads what a child writes to its status pipe until it is closed, and closes fd. The first who comes waits on its own thread,
+// which is woken once, by the end of the pipe: Go's poller takes two threads and several switches between them. Who comes
+// meanwhile waits in the poller, or starts that hang would each hold a thread.
+func (s *stages) hear(fd int) ([]byte, error) {
+	if !s.hearing.TryLock() {
+		status, err := pollable(fd, "pipe")
+		if err != nil {
+			return nil, err
+		}
+		defer status.Close()
+		if err := status.SetReadDeadline(time.Now().Add(stageTimeout)); err != nil {
+			return nil, err
+		}
+		return io.ReadAll(io.LimitReader(status, maxStatusBytes))
+	}
+	defer s.hearing.Unlock()
+	defer unix.Close(fd)
+	if err := waitHangup(fd, stageTimeout); err != nil {
+		return nil, err
+	}
+	said := make([]byte, 2*rawfork.ReportBytes) // more than it says
+	n, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, said) })
+	return said[:max(n, 0)], err
+}
+
+// waitHangup waits on the calling thread until nobody can write to the pipe fd any more.
+func waitHangup(fd int, patience time.Duration) error {
+	poll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("cannot wait: %w", err)
+	}
+	defer unix.Close(poll)
+	// Of no event: hang-ups are told in any case, and data alone wakes nobody.
+	if err := unix.EpollCtl(poll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{}); err != nil {
+		return fmt.Errorf("cannot wait: %w", err)
+	}
+	until := time.Now().Add(patience)
+	for {
+		left := time.Until(until)
+		if left <= 0 {
+			return os.ErrDeadlineExceeded
+		}
+		var event unix.EpollEvent
+		// epoll_pwait: the agent's filter allows Go's own calls, and no epoll_wait.
+		n, _, errno := unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(poll), uintptr(unsafe.Pointer(&event)), 1, uintptr(left.Milliseconds()+1), 0, 0)
+		switch {
+		case errno == unix.EINTR:
+		case errno != 0:
+			return fmt.Errorf("cannot wait: %w", errno)
+		case n > 0:
+			return nil
+		}
+	}
 }
 
 // parseStatus reads what a child wrote before its pipe closed: see childReady.
