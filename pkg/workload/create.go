@@ -73,6 +73,9 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 		Caller: o.Caller,
 		Once:   once,
 	})
+	if err := m.roomOnDisk(); err != nil {
+		return Workload{}, err
+	}
 	if err := m.reserve(e); err != nil {
 		return Workload{}, err
 	}
@@ -123,6 +126,9 @@ func (m *Manager) reserve(e *entry) error {
 	defer m.mu.Unlock()
 	if other := m.byName[e.name]; other != nil {
 		return spec.Errorf(spec.KindAlreadyExists, "the name %q is taken by workload %s: choose another or remove it with `sandboxctl rm`", e.name, other.id[:12])
+	}
+	if err := m.admitCallerLocked(e.rec.Caller); err != nil {
+		return err
 	}
 	m.addLocked(e)
 	return nil

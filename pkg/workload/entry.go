@@ -27,6 +27,7 @@ type entry struct {
 	// Fixed.
 	id, name, digest string
 	created          time.Time
+	caller           string // its key
 	once             *once
 	onceID           onceID
 	// Whether its record is on the disk: until then it only keeps its name and its image. Guarded by Manager.mu.
@@ -72,7 +73,7 @@ const containerID = "main"
 
 func newEntry(m *Manager, r *record) *entry {
 	e := &entry{
-		m: m, id: r.ID, name: r.Name, digest: r.Status.ImageDigest, created: r.CreatedAt, once: r.Once,
+		m: m, id: r.ID, name: r.Name, digest: r.Status.ImageDigest, created: r.CreatedAt, once: r.Once, caller: r.Caller.Key(),
 		op: make(chan struct{}, 1), rec: *r, changed: make(chan struct{}),
 	}
 	if e.once != nil {

@@ -50,6 +50,8 @@ type Config struct {
 	Networks Networks
 	// What a workload gets that does not say; fields left zero are DefaultResources'.
 	Defaults spec.Resources
+	// What they may hold together.
+	Admission Admission
 	// Whose VMs may share templates; the zero value: those of one caller.
 	Templates TemplateSharing
 }
@@ -66,7 +68,7 @@ var DefaultResources = spec.Resources{
 // Manager owns every workload of a daemon. Workloads are named by id, by an unambiguous prefix of it of at least four
 // digits, or by name; ref stands for any of these.
 //
-// Lock order: entry.op, run.stillMu, Manager.mu, entry.logMu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
+// Lock order: entry.op, Manager.admitting, run.stillMu, Manager.mu, entry.logMu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
 type Manager struct {
 	cfg    Config
 	dir    string
@@ -83,6 +85,10 @@ type Manager struct {
 	// Of creations with an idempotency key, and of those under way.
 	byKey    map[onceID]*entry
 	creating map[onceID]chan struct{}
+	// How many workloads each caller has.
+	ofCaller map[string]int
+
+	admitting sync.Mutex // held from the look at what is committed until more is; taken before mu
 }
 
 var errClosing = spec.Errorf(spec.KindUnavailable, "sandboxd is shutting down: call again when it is back")
@@ -100,7 +106,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	m := &Manager{
 		cfg: cfg, dir: dir, store: st, events: newEventRing(),
-		byID: map[string]*entry{}, byName: map[string]*entry{}, byKey: map[onceID]*entry{}, creating: map[onceID]chan struct{}{},
+		byID: map[string]*entry{}, byName: map[string]*entry{}, byKey: map[onceID]*entry{}, creating: map[onceID]chan struct{}{}, ofCaller: map[string]int{},
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	records, err := st.all()
@@ -140,6 +146,7 @@ func (m *Manager) Close() error {
 func (m *Manager) addLocked(e *entry) {
 	m.byID[e.id] = e
 	m.byName[e.name] = e
+	m.ofCaller[e.caller]++
 	if e.once != nil {
 		m.byKey[e.onceID] = e
 	}
@@ -148,6 +155,11 @@ func (m *Manager) addLocked(e *entry) {
 func (m *Manager) forget(e *entry) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.byID[e.id] == e {
+		if m.ofCaller[e.caller]--; m.ofCaller[e.caller] == 0 {
+			delete(m.ofCaller, e.caller)
+		}
+	}
 	delete(m.byID, e.id)
 	if m.byName[e.name] == e {
 		delete(m.byName, e.name)

@@ -90,10 +90,12 @@ func (e *entry) start(ctx context.Context) error {
 	}
 	end()
 	logEnd, _ := log.end()
-	if err := e.setState(StateStarting, func(r *record) {
-		r.Run++
-		r.LogBase = logEnd.offset
-		r.Status.Exit, r.Status.Message, r.Status.OOM = nil, "", nil
+	if err := e.m.commit(e, rec.Spec.Resources, func() error {
+		return e.setState(StateStarting, func(r *record) {
+			r.Run++
+			r.LogBase = logEnd.offset
+			r.Status.Exit, r.Status.Message, r.Status.OOM = nil, "", nil
+		})
 	}); err != nil {
 		return err
 	}

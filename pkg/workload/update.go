@@ -65,7 +65,12 @@ func (e *entry) update(ctx context.Context, caller spec.Caller, change func(*spe
 	}
 	to := rec
 	to.Asked, to.Spec.Resources, to.Status.Decision = asked, next.Spec.Resources, decision
-	if err := e.amend(record(&to)); err != nil {
+	amend := func() error { return e.amend(record(&to)) }
+	if holds(rec.Status.State) {
+		if err := e.m.commit(e, to.Spec.Resources, amend); err != nil {
+			return err
+		}
+	} else if err := amend(); err != nil {
 		return err
 	}
 	fault.At("update", "recorded")
