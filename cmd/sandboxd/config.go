@@ -16,7 +16,9 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/sandboxd/sandboxd/pkg/audit"
+	"github.com/sandboxd/sandboxd/pkg/metrics"
 	"github.com/sandboxd/sandboxd/pkg/runtime/container"
+	"github.com/sandboxd/sandboxd/pkg/workload"
 )
 
 // maxConfigBytes bounds the config file: more is a mistake.
@@ -35,6 +37,12 @@ type config struct {
 	auditLog    string
 	auditSize   bytesValue
 	auditKeep   int
+	admission   struct {
+		memory, disk bytesValue
+		pids         uint64
+		perCaller    int
+	}
+	metrics     string
 	tlsCert     string
 	tlsKey      string
 	tlsClientCA string
@@ -73,6 +81,12 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.auditLog, "audit-log", "", "file with a line of JSON of every call that changes something (default: audit/audit.log in the state directory); none for none")
 	f.Var(&c.auditSize, "audit-log-size", "size at which it is rotated")
 	f.IntVar(&c.auditKeep, "audit-log-keep", 15, "how many rotated ones are kept")
+	c.admission.disk = 256 << 20
+	f.Var(&c.admission.memory, "max-memory", "memory that all workloads with a sandbox may use together; 0 for no bound")
+	f.Uint64Var(&c.admission.pids, "max-pids", 0, "processes they may have together; 0 for no bound")
+	f.IntVar(&c.admission.perCaller, "max-workloads-per-caller", 10000, "workloads of one user or certificate, in whatever state; 0 for no bound")
+	f.Var(&c.admission.disk, "min-disk-free", "what a creation or a start must leave of the disk behind the state directory; 0 for nothing")
+	f.StringVar(&c.metrics, "metrics-addr", "", "where to show metrics to Prometheus: an address of this host alone, such as 127.0.0.1:9464, or unix:///run/sandboxd/metrics.sock; none when empty")
 	f.StringVar(&c.tlsCert, "tls-cert", "", "certificate to show over TCP, PEM; read again when it changes, as the next two")
 	f.StringVar(&c.tlsKey, "tls-key", "", "its key")
 	f.StringVar(&c.tlsClientCA, "tls-client-ca", "", "authorities whose certificates callers over TCP must show")
@@ -173,6 +187,14 @@ func (c *config) check() error {
 	if c.agentPool < 0 || c.agentPool > container.MaxPool {
 		return fmt.Errorf("cannot use --agent-pool %d: it is between 0 and %d", c.agentPool, container.MaxPool)
 	}
+	if c.metrics != "" {
+		if err := metrics.CheckAddress(c.metrics); err != nil {
+			return fmt.Errorf("cannot use --metrics-addr: %w", err)
+		}
+	}
+	if c.admission.perCaller < 0 {
+		return errors.New("cannot use --max-workloads-per-caller: it is 0 or more")
+	}
 	if c.auditLog != "" && c.auditLog != noAudit && !filepath.IsAbs(c.auditLog) {
 		return fmt.Errorf("cannot use --audit-log %q: give an absolute path, or %s", c.auditLog, noAudit)
 	}
@@ -186,6 +208,13 @@ func (c *config) check() error {
 		return fmt.Errorf("cannot use --cgroup-parent %q: give a name, or a relative path that stays below", c.cgroup)
 	}
 	return nil
+}
+
+func (c *config) admissionBounds() workload.Admission {
+	return workload.Admission{
+		MemoryBytes: uint64(c.admission.memory), Pids: c.admission.pids,
+		DiskFreeBytes: uint64(c.admission.disk), WorkloadsPerCaller: c.admission.perCaller,
+	}
 }
 
 func (c *config) checkCNI() error {

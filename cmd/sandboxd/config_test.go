@@ -34,7 +34,7 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 func TestEveryFlagIsAKey(t *testing.T) {
 	values := map[string]string{
 		"listen": "unix:///x,tcp://1.2.3.4:5", "socket-group": "g", "state-dir": "/s", "run-dir": "/r", "id-dir": "/i", "policy": "/p",
-		"access": "/ac", "audit-log": "/au", "audit-log-size": "3m", "audit-log-keep": "2", "tls-cert": "/tc", "tls-key": "/tk", "tls-client-ca": "/ca", "vm-accel": "tcg",
+		"access": "/ac", "audit-log": "/au", "max-memory": "5g", "max-pids": "7", "max-workloads-per-caller": "8", "min-disk-free": "9m", "metrics-addr": "127.0.0.1:1", "audit-log-size": "3m", "audit-log-keep": "2", "tls-cert": "/tc", "tls-key": "/tk", "tls-client-ca": "/ca", "vm-accel": "tcg",
 		"vm-kernel": "/k", "vm-kvm-trial": "3s", "agent": "/a", "vsock-helper": "/v", "cgroup-parent": "c", "log-level": "warn", "log-format": "json", "trace": "/t", "cni-conf-dir": "/n", "cni-plugin-dir": "/q", "agent-pool": "3",
 		"vm-templates": "on", "vm-templates-max": "3", "vm-templates-mib": "512", "vm-templates-shared": "true", "vm-templates-label": "owner",
 	}

@@ -117,7 +117,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	d.onClose(func() error { stopProbing(); return nil })
 	manager, err := workload.New(workload.Config{
 		StateDir: c.stateDir, Log: log.Named("workload"),
-		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts, Networks: networks,
+		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts, Networks: networks, Admission: c.admissionBounds(),
 		Templates: c.templates.sharing(),
 	})
 	if err != nil {
@@ -134,9 +134,13 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	looking.Go(func() { host.facts() })
 	d.onClose(func() error { stopProbing(); looking.Wait(); return nil })
 
+	counts, err := d.showMetrics(c.metrics, manager, trail, log.Named("metrics"))
+	if err != nil {
+		return nil, err
+	}
 	d.server, err = server.New(server.Config{
 		Log: log.Named("server"), Workloads: manager, Images: images, Policy: rules, Runtimes: runtimes, NetworkChecks: networks.Checks,
-		Access: roles, TLS: d.tls, Audit: trail,
+		Access: roles, TLS: d.tls, Audit: trail, Metrics: counts,
 		Host: server.Host{
 			Version: spec.Version, Commit: spec.Commit, StateDir: c.stateDir, RunDir: c.runDir,
 			Socket: d.socket, CgroupMode: cgroup.Mode(), PolicyFile: c.policy,

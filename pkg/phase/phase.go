@@ -1,11 +1,12 @@
 // Package phase tells where the time of a sandbox's life goes: `make bench-trace` has the daemon write down when each phase
-// began and how long it took. A process writes one trace or none, so this is a switch of the process, not a value handed
-// through every call; while it is off, a phase costs one atomic load.
+// began and how long it took. Metrics are made of the same. A process has one trace or none, so this is a switch of the process,
+// not a value handed through every call; while it is off, a phase costs one atomic load.
 package phase
 
 import (
 	"encoding/json"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,18 +29,51 @@ type trace struct {
 	w  *json.Encoder
 }
 
-var current atomic.Pointer[trace]
+// sinks are who is told of phases.
+type sinks struct {
+	trace     *trace
+	observers []func(Record)
+	// Whether agents shall tell of their phases, too.
+	agents bool
+}
+
+var (
+	current atomic.Pointer[sinks]
+	changes sync.Mutex
+)
+
+func change(fn func(*sinks)) {
+	changes.Lock()
+	defer changes.Unlock()
+	var next sinks
+	if s := current.Load(); s != nil {
+		next = sinks{s.trace, slices.Clone(s.observers), s.agents}
+	}
+	fn(&next)
+	current.Store(&next)
+}
 
 // To begins a trace. What cannot be written is lost: nothing of a sandbox may depend on it.
-func To(w io.Writer) { current.Store(&trace{w: json.NewEncoder(w)}) }
+func To(w io.Writer) {
+	change(func(s *sinks) { s.trace, s.agents = &trace{w: json.NewEncoder(w)}, true })
+}
 
-// On reports whether there is a trace.
-func On() bool { return current.Load() != nil }
+// Observe has fn called with each phase when it has ended, by whoever met it, under whatever locks: it must be quick, and wait for
+// nothing. agents asks for the agents' own
+// phases as well, which costs each start something.
+func Observe(fn func(Record), agents bool) {
+	change(func(s *sinks) { s.observers, s.agents = append(s.observers, fn), s.agents || agents })
+}
+
+// On reports whether agents shall tell of their phases.
+func On() bool {
+	s := current.Load()
+	return s != nil && s.agents
+}
 
 // Begin notes the beginning of a phase; its result the end.
 func Begin(id, name string) (end func()) {
-	t := current.Load()
-	if t == nil {
+	if current.Load() == nil {
 		return func() {}
 	}
 	start := Now()
@@ -48,10 +82,17 @@ func Begin(id, name string) (end func()) {
 
 // Add writes down what was measured elsewhere.
 func Add(r Record) {
-	if t := current.Load(); t != nil {
+	s := current.Load()
+	if s == nil {
+		return
+	}
+	if t := s.trace; t != nil {
 		t.mu.Lock()
-		defer t.mu.Unlock()
 		_ = t.w.Encode(r)
+		t.mu.Unlock()
+	}
+	for _, fn := range s.observers {
+		fn(r)
 	}
 }
 

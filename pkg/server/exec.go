@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -46,7 +47,11 @@ func (s *workloadService) Exec(stream grpc.BidiStreamingServer[sandboxdv1.ExecRe
 	if err := checkArgs("start.command", start.GetCommand()); err != nil {
 		return err
 	}
+	began := time.Now()
 	session, err := s.exec(stream.Context(), start)
+	if s.Metrics != nil {
+		s.Metrics.Exec(s.isolationOf(workload.Workload{}, start.GetId()), err, time.Since(began))
+	}
 	if err != nil {
 		return err
 	}

@@ -50,8 +50,10 @@ func (s *imageService) ImportImage(stream grpc.ClientStreamingServer[sandboxdv1.
 
 func (s *imageService) PullImage(r *sandboxdv1.PullImageRequest, stream grpc.ServerStreamingServer[sandboxdv1.PullImageResponse]) error {
 	p := &pullProgress{stream: stream, last: make(map[string]time.Time), complete: make(map[string]bool)}
+	began := time.Now()
 	img, err := s.Images.Pull(stream.Context(), r.GetReference(), image.PullOptions{Insecure: r.GetInsecure(), Progress: p.report})
 	p.end()
+	s.Metrics.Pull(err, time.Since(began))
 	if err != nil {
 		return err
 	}

@@ -26,6 +26,7 @@ import (
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/pkg/access"
 	"github.com/sandboxd/sandboxd/pkg/audit"
+	"github.com/sandboxd/sandboxd/pkg/metrics"
 	"github.com/sandboxd/sandboxd/pkg/policy"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -70,6 +71,8 @@ type Config struct {
 	TLS *TLSFiles
 	// Has a line of every call that changes something; nil for none.
 	Audit *audit.Log
+	// Counts calls; nil counts nothing.
+	Metrics *metrics.Metrics
 }
 
 // Host is what Info and Doctor tell of the daemon and its host, as main knows it.
@@ -183,6 +186,7 @@ func (s *Server) call(ctx context.Context, method string, request any, handle fu
 	}
 	answer := toStatus(ctx, err)
 	audited.ended(s.Log, answer)
+	s.count(method, answer, request == nil, time.Since(began))
 	s.logCall(ctx, method, time.Since(began), err, answer)
 	return answer
 }
@@ -215,11 +219,22 @@ func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.S
 func (s *Server) guarded(what string, fn func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
+			s.Metrics.Panic()
 			s.Log.Error("panic", zap.String("call", what), zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
 			err = spec.Errorf(spec.KindInternal, "sandboxd met a bug of its own in %s; its log has the details", what)
 		}
 	}()
 	return fn()
+}
+
+func (s *Server) count(method string, answer error, stream bool, took time.Duration) {
+	if s.Metrics == nil {
+		return
+	}
+	if _, known := methods[method]; !known {
+		method = "unknown" // gRPC refuses it before; a caller must not make up values of a label
+	}
+	s.Metrics.Call(method, codeOf(answer).String(), errorInfo(answer).GetReason(), stream, took)
 }
 
 func (s *Server) logCall(ctx context.Context, method string, took time.Duration, err, answer error) {

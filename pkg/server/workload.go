@@ -56,11 +56,23 @@ func (s *workloadService) CreateWorkload(ctx context.Context, r *sandboxdv1.Crea
 }
 
 func (s *workloadService) StartWorkload(ctx context.Context, r *sandboxdv1.StartWorkloadRequest) (*sandboxdv1.StartWorkloadResponse, error) {
+	began := time.Now()
 	w, err := s.Workloads.Start(ctx, r.GetId())
+	if s.Metrics != nil {
+		s.Metrics.Start(s.isolationOf(w, r.GetId()), err, time.Since(began))
+	}
 	if err != nil {
 		return nil, err
 	}
 	return &sandboxdv1.StartWorkloadResponse{Workload: workloadToAPI(w)}, nil
+}
+
+// isolationOf is that of a workload, also when a call on it failed.
+func (s *workloadService) isolationOf(w workload.Workload, ref string) spec.Isolation {
+	if w.ID == "" {
+		w, _ = s.Workloads.Get(ref)
+	}
+	return w.Status.Isolation
 }
 
 func (s *workloadService) GetWorkload(_ context.Context, r *sandboxdv1.GetWorkloadRequest) (*sandboxdv1.GetWorkloadResponse, error) {

@@ -18,6 +18,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/console"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/fault"
+	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -129,9 +130,13 @@ func (b *boot) run(ctx context.Context) (*instance, error) {
 		return nil, err
 	}
 	fault.At("vm start", "directory made")
+	end := phase.Begin(b.sandbox.ID, "start: build the VM")
 	i, err := b.build(ctx)
+	end()
 	if err == nil {
+		end := phase.Begin(b.sandbox.ID, b.bootPhase())
 		err = b.awaitAgent(ctx, i)
+		end()
 		fault.At("vm start", "agent heard")
 	}
 	if err == nil {
@@ -209,11 +214,23 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 			err = errors.Join(err, b.voices.end())
 		}
 	}()
-	if err := b.makeLayer(ctx); err != nil {
+	end := phase.Begin(b.sandbox.ID, "start: layer")
+	err = b.makeLayer(ctx)
+	end()
+	if err != nil {
 		return nil, err
 	}
 	fault.At("vm start", "layer")
+	defer phase.Begin(b.sandbox.ID, "start: helper and QEMU")()
 	return b.startProcesses(token, ends)
+}
+
+// bootPhase names the wait for the guest's agent.
+func (b *boot) bootPhase() string {
+	if b.clone != nil {
+		return "start: guest goes on from the template"
+	}
+	return "start: guest boots"
 }
 
 func (b *boot) hasDisks() bool { return b.sandbox.ImagePath != "" }
