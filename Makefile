@@ -58,6 +58,10 @@ test-e2e: test-assets build ## scenarios through the programs, each in a contain
 test-host: test-assets ## what this machine may lack, in a Debian of its own in QEMU: KVM, kernel vsock, cgroup v2, systemd
 	@scripts/test.sh host
 
+.PHONY: crash
+crash: test-assets build ## kill the daemon at every step of every workload's life, and look what is lost or left
+	@scripts/crash.sh
+
 .PHONY: fuzz
 fuzz: ## every fuzz test for FUZZTIME (20s) each
 	@scripts/fuzz.sh

@@ -36,7 +36,8 @@ func init() {
 	os.Exit(0)
 }
 
-// At is for a test build: see off.go. It returns when the test says so, at once if there is none.
+// At is for a test build: see off.go. It returns when the test says so, at once if there is none. A test that does not answer
+// ends the program: a point that passes unseen is not tried.
 func At(place, step string) {
 	if !known[[2]string{place, step}] {
 		// Not a panic, which somebody may recover from: the test must see it.
@@ -47,15 +48,26 @@ func At(place, step string) {
 	if socket == "" {
 		return
 	}
+	// On another thread: this one may be in a mount namespace, or have a root, where there is no such socket.
+	asked := make(chan error)
+	go func() { asked <- ask(socket, place, step) }()
+	if err := <-asked; err != nil {
+		fmt.Fprintf(os.Stderr, "fault: cannot ask the test at the point %q of %q: %v\n", step, place, err)
+		os.Exit(unknown)
+	}
+}
+
+func ask(socket, place, step string) error {
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
-		return
+		return err
 	}
 	defer conn.Close()
 	if _, err := fmt.Fprintf(conn, "%s\t%s\n", place, step); err != nil {
-		return
+		return err
 	}
-	_, _ = io.Copy(io.Discard, conn) // the test closes it
+	_, err = io.Copy(io.Discard, conn) // the test closes it
+	return err
 }
 
 // Instead is for a test build: see off.go.

@@ -42,7 +42,7 @@ var points = []struct {
 		"directory made", "record", "writable layer", "ids", "unified cgroup", "fork", "cgroup", "socket", "namespaces", "identity", "apparmor", "root file system", "agent",
 		"layer there", "layer on a loop device", "image mounted", "layers attached", "known", "agent has its root",
 	}},
-	{"container from the pool", container, []string{"directory named", "layer named"}},
+	{"container from the pool", container, []string{"made", "prepared", "directory named", "layer named"}},
 	{"container end", container, []string{
 		"begun", "killed", "ended", "reaped", "processes and cgroup", "layer", "ids", "layer deleted", "record", "layer withdrawn",
 	}},

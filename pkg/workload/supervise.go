@@ -14,6 +14,7 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/phase"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -160,7 +161,9 @@ func (e *entry) finish(r *run, exit *spec.Exit, cause error) {
 		if cause != nil {
 			doubts = append(doubts, "its last output may be missing: "+cause.Error())
 		}
-		e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
+		if !weaken.Without("record of an exit before its sandbox goes") {
+			e.mustState(StateStopping, func(rec *record) { rec.Status.Exit = exit })
+		}
 		// Who waits for the end is told its code, and only when that is on the disk; the walls come down meanwhile.
 		recorded = e.syncBeside()
 		end := phase.Begin(e.id, "call: shut down")

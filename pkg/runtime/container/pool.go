@@ -291,8 +291,13 @@ func (p *pool) fillOne() error {
 		return errors.Join(err, p.undo(st))
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.waiting = append(p.waiting, st)
+	p.mu.Unlock()
+	if bare >= 0 {
+		fault.At("container from the pool", "prepared")
+	} else {
+		fault.At("container from the pool", "made")
+	}
 	return nil
 }
 

@@ -3,10 +3,17 @@
 package crash
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
 	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
-func TestMain(m *testing.M) { os.Exit(harness.Main(m, "crash", nil, nil)) }
+func TestMain(m *testing.M) {
+	code := harness.Main(m, "crash", nil, nil)
+	if all.points > 0 {
+		fmt.Println(all)
+	}
+	os.Exit(code)
+}

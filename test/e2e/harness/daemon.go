@@ -141,7 +141,8 @@ func (d *Daemon) waitServing(ctx context.Context) error {
 // CgroupParent is the group, in every hierarchy, below which each workload has one.
 func (d *Daemon) CgroupParent() string { return filepath.Base(d.RunDir) }
 
-func (d *Daemon) running() bool {
+// Running reports whether the daemon's process is there.
+func (d *Daemon) Running() bool {
 	if d.done == nil {
 		return false
 	}
@@ -155,7 +156,7 @@ func (d *Daemon) running() bool {
 
 // Terminate ends the daemon politely; its workloads go on.
 func (d *Daemon) Terminate() error {
-	if !d.running() {
+	if !d.Running() {
 		return nil
 	}
 	if err := d.Cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -174,7 +175,7 @@ func (d *Daemon) Terminate() error {
 
 // Kill ends the daemon as a crash would.
 func (d *Daemon) Kill() error {
-	if !d.running() {
+	if !d.Running() {
 		return nil
 	}
 	if err := d.Cmd.Process.Kill(); err != nil {
@@ -189,7 +190,7 @@ func (d *Daemon) Remove() error { return d.RemoveWithin(SettleTimeout) }
 
 func (d *Daemon) RemoveWithin(settle time.Duration) error {
 	var errs []error
-	if d.running() {
+	if d.Running() {
 		for _, id := range strings.Fields(d.Command("ps", "-a", "-q").Run().Stdout) {
 			d.Command("rm", "-f", id).Run()
 		}

@@ -50,7 +50,7 @@ func cleanUpOnSignal() {
 		// Daemons first, so that nobody starts what we just killed; then again, for what was being started meanwhile.
 		made.Lock()
 		for _, d := range made.all {
-			if d.running() {
+			if d.Running() {
 				_ = d.Cmd.Process.Kill()
 			}
 		}

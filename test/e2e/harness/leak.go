@@ -228,7 +228,7 @@ func listLoops(d *Daemon) ([]string, error) {
 		}
 		// An image's, kept for the next workload, is the daemon's own, and so is an emptied layer as long as it lives.
 		b := string(backing)
-		own := strings.HasPrefix(b, d.StateDir+"/images/") || d.running() && strings.HasPrefix(b, d.spareLayers())
+		own := strings.HasPrefix(b, d.StateDir+"/images/") || d.Running() && strings.HasPrefix(b, d.spareLayers())
 		if strings.HasPrefix(b, d.StateDir) && !own {
 			found = append(found, fmt.Sprintf("%s backed by %s", strings.Split(f, "/")[3], strings.TrimSpace(b)))
 		}
@@ -333,7 +333,7 @@ func (d *Daemon) spareLayers() string { return filepath.Join(d.StateDir, "spare-
 // countSpareLayers is how many a daemon keeps. Those of one that has ended are a leak, and so are more than it may have.
 func (d *Daemon) countSpareLayers() int {
 	entries, err := os.ReadDir(d.spareLayers())
-	if err != nil || !d.running() {
+	if err != nil || !d.Running() {
 		return 0
 	}
 	return min(len(entries), maxSpareLayers)
@@ -372,7 +372,7 @@ func listFiles(d *Daemon) ([]string, error) {
 // listDescriptors counts what the daemon holds open by what it is, so that what is opened anew under another number is
 // no leak, and one more of the same is.
 func listDescriptors(d *Daemon) ([]string, error) {
-	if !d.running() {
+	if !d.Running() {
 		return nil, nil
 	}
 	found, err := descriptorsOf(d.Cmd.Process.Pid)

@@ -52,6 +52,15 @@ type networkOf struct {
 // NetworkedDaemon starts a daemon in a network namespace of its own that has the network lan.
 func NetworkedDaemon(t *testing.T, args ...string) *Daemon {
 	t.Helper()
+	d := MakeNetworkedDaemon(t, args...)
+	d.MustStart(t)
+	Must(t, d.Import(Busybox))
+	return d
+}
+
+// MakeNetworkedDaemon makes one, to be started.
+func MakeNetworkedDaemon(t *testing.T, args ...string) *Daemon {
+	t.Helper()
 	dir := t.TempDir()
 	n := &networkOf{leases: filepath.Join(dir, "leases")}
 	Must(t, osthread.Run(func() (err error) {
@@ -74,8 +83,6 @@ func NetworkedDaemon(t *testing.T, args ...string) *Daemon {
 	Must(t, os.WriteFile(filepath.Join(conf, "lan.conflist"), fmt.Appendf(nil, lan, n.leases), 0o644))
 	d := MakeDaemon(t, append([]string{"--cni-conf-dir", conf, "--cni-plugin-dir", cniPlugins}, args...)...)
 	d.network = n
-	d.MustStart(t)
-	Must(t, d.Import(Busybox))
 	return d
 }
 
