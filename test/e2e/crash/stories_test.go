@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -186,7 +187,7 @@ func (s *scene) importImage() error {
 		if err := w.Close(); err != nil {
 			return err
 		}
-		layer, err := tarball.LayerFromReader(&b) //nolint:staticcheck // it is small
+		layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
 		if err != nil {
 			return err
 		}
