@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -216,7 +218,11 @@ func (u *unpacker) file(tr *tar.Reader, h *tar.Header, name string) error {
 		return err
 	}
 	// Exclusive: never through a link that appeared meanwhile.
-	f, err := u.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	const flags, private = os.O_WRONLY | os.O_CREATE | os.O_EXCL, 0o600
+	f, err := u.root.OpenFile(name, flags, private)
+	if weaken.Without("stay below the destination") {
+		f, err = os.OpenFile(filepath.Join(u.root.Name(), name), flags, private)
+	}
 	if err != nil {
 		return err
 	}

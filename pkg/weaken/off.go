@@ -17,3 +17,6 @@ func WithoutIn(env []string, protection string) bool { return false }
 
 // Environment is what a program that the daemon starts needs in order to do without the same.
 func Environment() []string { return nil }
+
+// Now is Environment for a program that can't find what the daemon's names, and lives no longer than what is left out now.
+func Now() []string { return nil }

@@ -44,9 +44,13 @@ func Adopt(env []string) {
 }
 
 // Without is for a test build: see off.go.
-func Without(protection string) bool {
-	if names := adopted.Load(); names != nil && slices.Contains(*names, protection) {
-		return true
+func Without(protection string) bool { return slices.Contains(now(), protection) }
+
+// now is all that is left out at the moment.
+func now() []string {
+	var names []string
+	if own := adopted.Load(); own != nil {
+		names = append(names, *own...)
 	}
 	list := os.Getenv(Variable)
 	if listed != nil {
@@ -57,8 +61,11 @@ func Without(protection string) bool {
 		}
 		list = string(b[:n])
 	}
-	return slices.Contains(strings.Split(built, ","), protection) || slices.Contains(strings.Split(list, ","), protection)
+	return append(append(names, strings.Split(built, ",")...), strings.Split(list, ",")...)
 }
+
+// Now is for a test build: see off.go.
+func Now() []string { return []string{Variable + "=" + strings.Join(now(), ",")} }
 
 // Environment is for a test build: see off.go.
 func Environment() []string {

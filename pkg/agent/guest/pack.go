@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 const (
@@ -34,12 +36,16 @@ const paxXattr = "SCHILY.xattr."
 func pack(root *os.File, name string, w io.Writer) error {
 	name = path.Clean(name)
 	buffered := bufio.NewWriterSize(w, copyBuffer)
-	p := &packer{tar: tar.NewWriter(buffered), links: map[inode]string{}}
+	p := &packer{tar: tar.NewWriter(buffered), links: map[inode]string{}, root: root, above: path.Dir(name)}
 	base := path.Base(name)
 	if base == "/" {
 		base = "."
 	}
-	if err := p.add(func(flags int) (*os.File, error) { return openIn(root, name, flags, 0) }, base, 0); err != nil {
+	open := func(flags int) (*os.File, error) { return openIn(root, name, flags, 0) }
+	if weaken.Without("resolve copies inside the root") {
+		open = func(flags int) (*os.File, error) { return os.OpenFile(name, flags, 0) }
+	}
+	if err := p.add(open, base, 0); err != nil {
 		return err
 	}
 	return errors.Join(p.tar.Close(), buffered.Flush())
@@ -50,6 +56,9 @@ type inode struct{ dev, ino uint64 }
 type packer struct {
 	tar   *tar.Writer
 	links map[inode]string // files of which there are several links, by their first name
+
+	root  *os.File
+	above string // the directory of what is copied
 }
 
 // opener opens one and the same name with different flags.
@@ -156,6 +165,11 @@ func (p *packer) addDir(open opener, h *tar.Header, st *unix.Stat_t, depth int) 
 		names, err := dir.Readdirnames(dirBatch)
 		for _, child := range names {
 			open := func(flags int) (*os.File, error) { return openChild(dir, child, flags) }
+			if weaken.Without("copy by descriptor") {
+				open = func(flags int) (*os.File, error) {
+					return openIn(p.root, path.Join(p.above, name, child), flags|unix.O_NOFOLLOW, 0)
+				}
+			}
 			if err := p.add(open, strings.TrimPrefix(name+"/", "./")+child, depth+1); vanished(err) != nil {
 				return err
 			}

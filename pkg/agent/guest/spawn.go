@@ -15,6 +15,7 @@ import (
 
 	agentv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1"
 	"github.com/sandboxd/sandboxd/pkg/rawfork"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // maxStatusBytes bounds what a child or a stage says.
@@ -178,7 +179,7 @@ func (s *stages) fork(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatu
 	}
 	defer theirs.Close()
 	files := []uintptr{stdio[0].Fd(), stdio[1].Fd(), stdio[2].Fd(), stageJobFD: memory.Fd(), stageStatusFD: theirs.Fd()}
-	attr := &syscall.ProcAttr{Files: files} // of an empty environment nothing can leak; a stage needs none
+	attr := &syscall.ProcAttr{Files: files, Env: weaken.Now()} // none: of an empty environment nothing can leak, and a stage needs none
 	if s.cgroup != nil {
 		attr.Sys = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(s.cgroup.Fd())}
 	}

@@ -17,7 +17,12 @@ import (
 var shared *harness.Daemon
 
 func TestMain(m *testing.M) {
-	os.Exit(harness.Main(m, "attack", []string{harness.Busybox}, func(d *harness.Daemon) { shared = d }))
+	code := harness.Main(m, "attack", []string{harness.Busybox}, func(d *harness.Daemon) { shared = d })
+	if err := removeBuilt(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 const hostile = "hostile"

@@ -3,30 +3,53 @@ package attack
 import (
 	"archive/tar"
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/sandboxd/sandboxd/test/e2e/harness"
 )
 
-// buildPayload makes the program that attacks from inside.
-func buildPayload(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "payload")
-	build(t, "-o", path, "./test/e2e/attack/payload")
-	return path
+// built are programs that tests share, each in a directory of its own, by how it was built. Tests here run one after the other.
+var built = map[string]string{}
+
+func removeBuilt() error {
+	var errs []error
+	for _, dir := range built {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(errs...)
 }
 
-func build(t *testing.T, args ...string) {
+// buildOnce runs go with the arguments, then -o and a directory, then the packages, and answers with the directory.
+func buildOnce(t *testing.T, args []string, packages ...string) string {
 	t.Helper()
-	cmd := exec.Command("go", append([]string{"build", "-buildvcs=false", "-trimpath", "-ldflags", "-s -w"}, args...)...)
+	key := strings.Join(append(args, packages...), " ")
+	if dir := built[key]; dir != "" {
+		return dir
+	}
+	dir, err := os.MkdirTemp("", "sandboxd-attack-bin-")
+	harness.Must(t, err)
+	harness.Must(t, os.Chmod(dir, 0o755))
+	built[key] = dir
+	args = append(slices.Concat(args, []string{"-buildvcs=false", "-trimpath", "-ldflags", "-s -w", "-o", dir + "/"}), packages...)
+	cmd := exec.Command("go", args...)
 	cmd.Dir = harness.Root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := harness.Output(cmd); err != nil {
-		t.Fatalf("cannot build %q: %v\n%s", args, err, out)
+		t.Fatalf("cannot run go %q: %v\n%s", args, err, out)
 	}
+	return dir
+}
+
+// buildPayload makes the program that attacks from inside.
+func buildPayload(t *testing.T) string {
+	t.Helper()
+	return filepath.Join(buildOnce(t, []string{"build"}, "./test/e2e/attack/payload"), "payload")
 }
 
 // fileCaps is CAP_CHOWN, permitted and effective, as the kernel stores a file's capabilities (revision 2). A capability outside of

@@ -38,9 +38,7 @@ func weakDaemon(t *testing.T, bin string, host string) *harness.Daemon {
 
 func buildWeak(t *testing.T) string {
 	t.Helper()
-	bin := t.TempDir() + "/"
-	build(t, "-tags", "sandboxd_weaken", "-o", bin, "./cmd/sandboxd", "./cmd/sandbox-agent", "./cmd/sandbox-vsock")
-	return bin
+	return buildOnce(t, []string{"build", "-tags", "sandboxd_weaken"}, "./cmd/sandboxd", "./cmd/sandbox-agent", "./cmd/sandbox-vsock")
 }
 
 // Each attack succeeds where what should stop it is left out, so its being blocked elsewhere is that protection's work.

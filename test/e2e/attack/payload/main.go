@@ -92,6 +92,9 @@ func main() {
 			os.Exit(1)
 		case "true":
 			return
+		case "swap":
+			fmt.Fprintln(os.Stderr, swap())
+			os.Exit(1)
 		case "sleep":
 			time.Sleep(10 * time.Minute) // longer than any test
 			return
