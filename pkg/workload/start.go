@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -128,10 +129,14 @@ func (e *entry) build(ctx context.Context, img image.Image, container agent.Cont
 			return nil, err
 		}
 	}
+	effective := encodeLater(container.Config)
 	inst, launched, client, err := e.raise(ctx, spec.Sandbox{
 		ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath(),
 		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels), Prepare: preparation,
-	}, launch, recorded)
+	}, launch, func() error {
+		effective.begin() // nothing of it changes any more
+		return recorded()
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -156,12 +161,12 @@ func (e *entry) build(ctx context.Context, img image.Image, container agent.Cont
 		return nil, err
 	}
 	fault.At("start", "process started")
-	effective, err := json.Marshal(container.Config)
+	config, err := effective.result()
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the OCI config: %w", err)
 	}
 	return r, e.setState(StateRunning, func(r *record) {
-		r.config = effective
+		r.config = config
 		setFacts(r, inst.Facts())
 		r.Status.Claims = claims
 		if joined != nil {
@@ -169,6 +174,18 @@ func (e *entry) build(ctx context.Context, img image.Image, container agent.Cont
 		}
 		r.Status.StartedAt = time.Now().UTC()
 	})
+}
+
+// encoding is a configuration that is encoded while others work: with its system call filter it is large.
+type encoding struct {
+	begin func()
+	// result begins if nobody did, and waits.
+	result func() ([]byte, error)
+}
+
+func encodeLater(c *specs.Spec) encoding {
+	encode := sync.OnceValues(func() ([]byte, error) { return json.Marshal(c) })
+	return encoding{begin: func() { go encode() }, result: encode} //nolint:errcheck // result has it
 }
 
 // raise raises the walls, and answers with a client of the agent behind them. Where it can it has the process launched as they
