@@ -1,6 +1,8 @@
 package workload
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -23,6 +25,8 @@ type journal struct {
 	file *os.File
 	// Where the next payload goes, and how far the file is filled.
 	size, filled int64
+	// Where the first payload that is damaged begins, one that whole ones follow; 0 if none is.
+	damaged int64
 }
 
 // place is where a payload is, its header counted.
@@ -37,7 +41,8 @@ const (
 )
 
 // openJournal opens or makes a journal, and calls each for every payload. What follows the last whole one is what a daemon,
-// or a host, left when it died while writing: it was never acted upon, and is cut off.
+// or a host, left when it died while writing: it was never acted upon, and is cut off. What is damaged before a whole one is
+// skipped, and nothing is cut off: the caller keeps a copy, and writes the journal anew.
 func openJournal(path string, each func(place, []byte) error) (_ *journal, err error) {
 	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
 		j, err := newJournal(path)
@@ -76,6 +81,18 @@ func openJournal(path string, each func(place, []byte) error) (_ *journal, err e
 			return nil, err
 		}
 		if payload == nil {
+			further, err := j.further()
+			if err != nil {
+				return nil, err
+			}
+			if further > 0 {
+				j.damaged = cmp.Or(j.damaged, j.size)
+				j.size = further
+				continue
+			}
+			if j.damaged > 0 {
+				return j, nil
+			}
 			return j, j.cut()
 		}
 		at := place{j.size, journalHeader + int64(len(payload))}
@@ -104,6 +121,34 @@ func (j *journal) next() ([]byte, error) {
 		return nil, nil
 	}
 	return payload, nil
+}
+
+// further is where the next whole payload begins after one that is not; 0 if there is none.
+func (j *journal) further() (int64, error) {
+	end, err := j.file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return 0, err
+	}
+	rest, err := io.ReadAll(io.NewSectionReader(j.file, j.size, end-j.size))
+	if err != nil {
+		return 0, err
+	}
+	// Each is an object of JSON: few places look like the beginning of one.
+	for i := journalHeader + 1; i < len(rest); i++ {
+		next := bytes.IndexByte(rest[i:], '{')
+		if next < 0 {
+			break
+		}
+		i += next
+		h, n := rest[i-journalHeader:i], int64(binary.LittleEndian.Uint32(rest[i-journalHeader:]))
+		if n == 0 || n > maxPayload || int64(i)+n > int64(len(rest)) || rest[int64(i)+n-1] != '}' {
+			continue
+		}
+		if binary.LittleEndian.Uint32(h[4:]) == sum(h[:4], rest[i:int64(i)+n]) {
+			return j.size + int64(i) - journalHeader, nil
+		}
+	}
+	return 0, nil
 }
 
 func notEOF(err error) error {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/bootid"
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -55,6 +56,12 @@ func (m *Manager) Recover(ctx context.Context) error {
 func (m *Manager) removeStrays(ctx context.Context) {
 	warn := func(what, id string, err error) {
 		m.cfg.Log.Error("cannot remove "+what+" without a record", zap.String("id", id), zap.Error(err))
+	}
+	copies, err := m.store.damaged()
+	if err != nil || len(copies) > 0 {
+		m.cfg.Log.Error("records were damaged: what bears no record stays, since it may be of a workload whose record is lost; "+
+			"look at it, then remove these copies and start sandboxd again", zap.Strings("copies", copies), zap.Error(err))
+		return
 	}
 	for isolation, rt := range m.cfg.Runtimes {
 		ids, err := rt.List(ctx)
@@ -251,6 +258,10 @@ func (e *entry) recoverGone(ctx context.Context, rec record) error {
 		return err
 	}
 	fault.At("recover", "taken down")
+	rebooted, err := bootid.Other(rec.Boot)
+	if err != nil {
+		return err
+	}
 	if exit := rec.Status.Exit; exit != nil && rec.Status.State == StateStopping {
 		return e.setState(StateExited, func(r *record) {
 			r.Status.Message = exitMessage(*exit)
@@ -260,7 +271,12 @@ func (e *entry) recoverGone(ctx context.Context, rec record) error {
 	return e.setState(StateFailed, func(r *record) {
 		r.Status.HostPID = 0
 		r.Status.Message = "its sandbox was gone when sandboxd came back"
-		if rec.Status.State == StateStarting {
+		switch {
+		case rebooted && rec.Status.State == StateStarting:
+			r.Status.Message = "the host was booted again while it was starting: start it again"
+		case rebooted:
+			r.Status.Message = "the host was booted again while it ran: start it again"
+		case rec.Status.State == StateStarting:
 			r.Status.Message = "sandboxd was restarted while it was starting: start it again"
 		}
 	})

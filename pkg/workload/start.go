@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
+	"github.com/sandboxd/sandboxd/pkg/bootid"
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/idrange"
 	"github.com/sandboxd/sandboxd/pkg/image"
@@ -91,9 +92,14 @@ func (e *entry) start(ctx context.Context) error {
 	}
 	end()
 	logEnd, _ := log.end()
+	boot, err := bootid.Host()
+	if err != nil {
+		return err
+	}
 	if err := e.m.commit(e, rec.Spec.Resources, func() error {
 		return e.setState(StateStarting, func(r *record) {
 			r.Run++
+			r.Boot = boot
 			r.LogBase = logEnd.offset
 			r.Status.Exit, r.Status.Message, r.Status.OOM = nil, "", nil
 		})

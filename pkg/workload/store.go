@@ -13,11 +13,14 @@ import (
 
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 // record is what is kept of a workload across restarts.
 type record struct {
 	Workload
+	// The boot of the host that the last start was in.
+	Boot string `json:"boot,omitempty"`
 	// Starts so far. Each run has a process of its own in the agent, named by runProcess.
 	Run int `json:"run"`
 	// Output bytes in the log when the current run began: the agent counts from there.
@@ -72,6 +75,8 @@ const (
 	journalFile = "workloads.journal"
 	lockFile    = "workloads.lock"
 	formerFile  = "workloads.db"
+	// damagedSuffix, a dash and a number follow the journal's name in that of the copy of a damaged one.
+	damagedSuffix = "damaged"
 	// storeLockWait bounds the wait for another daemon that has the journal open.
 	storeLockWait = 2 * time.Second
 	storeLockPoll = 20 * time.Millisecond
@@ -98,10 +103,37 @@ func openStore(dir string) (_ *store, err error) {
 		s.noteLocked(e, at)
 		return nil
 	})
+	if err == nil && s.journal.damaged > 0 {
+		err = s.repair()
+	}
 	if err != nil {
 		return nil, errors.Join(err, s.lock.Close())
 	}
 	return s, nil
+}
+
+// repair has the journal hold what is whole of one that is damaged, and keeps the damaged one under another name.
+func (s *store) repair() error {
+	kept := fmt.Sprintf("%s.%s-%d", s.path(), damagedSuffix, time.Now().UnixNano())
+	b, err := os.ReadFile(s.path())
+	if err == nil {
+		err = wholefile.ReplaceDurably(kept, b)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot keep a copy of %s, which is damaged at byte %d: make room, and start sandboxd again: %w", s.path(), s.journal.damaged, err)
+	}
+	next, live, err := s.journal.rewrite(s.path(), s.live)
+	if err != nil {
+		return fmt.Errorf("cannot repair %s, of which %s is a copy: %w", s.path(), kept, err)
+	}
+	s.journal, s.live = next, live
+	return nil
+}
+
+// damaged are the copies of damaged journals that somebody still has to look at: as long as there is one, workloads may be
+// missing whose sandboxes are there.
+func (s *store) damaged() ([]string, error) {
+	return filepath.Glob(s.path() + "." + damagedSuffix + "-*")
 }
 
 func (s *store) path() string { return filepath.Join(s.dir, journalFile) }

@@ -10,9 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/sandboxd/sandboxd/pkg/wholefile"
-
+	"github.com/sandboxd/sandboxd/pkg/bootid"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
+	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
 
 const (
@@ -26,6 +26,8 @@ const (
 type record struct {
 	Version int    `json:"version"`
 	ID      string `json:"id"`
+	// The boot of the host that it was written in: what it says of a process holds in no other.
+	Boot string `json:"boot,omitempty"`
 	// Where the cgroup is, whatever the next daemon is configured with.
 	CgroupParent string `json:"cgroupParent"`
 	// The host's id of the sandbox's root, with Ready.
@@ -47,7 +49,11 @@ const recordVersion = 2
 
 // writeRecord replaces a record in one step: a reader sees the old one or the new one.
 func writeRecord(dir string, r record) error {
-	r.Version = recordVersion
+	boot, err := bootid.Host()
+	if err != nil {
+		return err
+	}
+	r.Version, r.Boot = recordVersion, boot
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("cannot encode a record: %w", err)
@@ -69,6 +75,13 @@ func readRecord(dir string) (record, error) {
 	}
 	if r.Version != recordVersion {
 		return record{}, fmt.Errorf("cannot use the record in %s: its version is %d, not %d; stop its sandbox with the daemon that made it", dir, r.Version, recordVersion)
+	}
+	other, err := bootid.Other(r.Boot)
+	if err != nil {
+		return record{}, err
+	}
+	if other { // whoever has that number now is somebody else
+		r.Ready, r.PID, r.StartTime = false, 0, 0
 	}
 	return r, nil
 }

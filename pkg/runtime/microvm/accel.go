@@ -11,12 +11,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/bootid"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
@@ -188,9 +188,9 @@ func (r *Runtime) tryKVM(ctx context.Context, g *guest) (kvmVerdict, error) {
 
 // verdictKey names what a verdict depends on.
 func (r *Runtime) verdictKey(g *guest) (string, error) {
-	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	boot, err := bootid.Host()
 	if err != nil {
-		return "", fmt.Errorf("cannot read the host's boot id: %w", err)
+		return "", err
 	}
 	path, err := r.qemuPath()
 	if err != nil {
@@ -200,7 +200,7 @@ func (r *Runtime) verdictKey(g *guest) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("cannot examine QEMU: %w", err)
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%d %s %s %s %d %d", verdictFormat, strings.TrimSpace(string(bootID)), g.kernelHash, path, info.Size(), info.ModTime().UnixNano()))
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d %s %s %s %d %d", verdictFormat, boot, g.kernelHash, path, info.Size(), info.ModTime().UnixNano()))
 	return hex.EncodeToString(sum[:]), nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"path/filepath"
 
+	"github.com/sandboxd/sandboxd/pkg/bootid"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
@@ -22,6 +23,8 @@ const (
 // again once the processes run: a daemon that died between the two left processes that only their cgroup names.
 type record struct {
 	ID string `json:"id"`
+	// The boot of the host that it was written in: what it says of processes holds in no other.
+	Boot string `json:"boot,omitempty"`
 	// Where its cgroup is: the next daemon may be configured otherwise.
 	CgroupParent string          `json:"cgroupParent"`
 	Accelerator  string          `json:"accelerator"`
@@ -44,6 +47,10 @@ type record struct {
 }
 
 func (r record) save(dir string) error {
+	var err error
+	if r.Boot, err = bootid.Host(); err != nil {
+		return err
+	}
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("cannot encode the record of microVM %s: %w", r.ID, err)
@@ -60,6 +67,13 @@ func loadRecord(dir string) (record, error) {
 	var r record
 	if err == nil {
 		err = json.Unmarshal(b, &r)
+	}
+	var other bool
+	if err == nil {
+		other, err = bootid.Other(r.Boot)
+	}
+	if other { // whoever has those numbers now is somebody else
+		r.QEMU, r.Helper = process{}, process{}
 	}
 	if err != nil {
 		return record{}, fmt.Errorf("cannot read the record of a microVM: %w", err)

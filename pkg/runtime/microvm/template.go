@@ -11,13 +11,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/bootid"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 	"github.com/sandboxd/sandboxd/pkg/wholefile"
 )
@@ -183,9 +183,9 @@ func (r *Runtime) templateTransport() string {
 // environment is the host's part of a key. A boot of the host belongs to it: what a guest knows of its processor and
 // clock is of that boot.
 func (r *Runtime) environment(g *guest) (keyParts, error) {
-	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	boot, err := bootid.Host()
 	if err != nil {
-		return keyParts{}, fmt.Errorf("cannot read the host's boot id: %w", err)
+		return keyParts{}, err
 	}
 	path, err := r.qemuPath()
 	if err != nil {
@@ -196,7 +196,7 @@ func (r *Runtime) environment(g *guest) (keyParts, error) {
 		return keyParts{}, fmt.Errorf("cannot examine QEMU: %w", err)
 	}
 	return keyParts{
-		Format: templateFormat, Boot: strings.TrimSpace(string(bootID)), Kernel: g.kernelHash,
+		Format: templateFormat, Boot: boot, Kernel: g.kernelHash,
 		// Named by its content, the agent's and the modules'.
 		Initramfs: filepath.Base(g.initramfsPath),
 		QEMU:      fmt.Sprintf("%s %d %d", path, qemu.Size(), qemu.ModTime().UnixNano()),
