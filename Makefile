@@ -66,6 +66,10 @@ crash: test-assets build ## kill the daemon at every step of every workload's li
 fuzz: ## every fuzz test for FUZZTIME (20s) each
 	@scripts/fuzz.sh
 
+.PHONY: package
+package: build ## the Debian package, into dist/
+	@scripts/package.sh
+
 .PHONY: demo
 demo: test-assets build ## one program, one image, two walls: see it work
 	@scripts/demo.sh

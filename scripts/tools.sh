@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds tools that tools/go.mod names into .cache/tools: each once per content of tools/go.mod and go.sum.
 #
-#   scripts/tools.sh NAME...    buf, protoc-gen-go, protoc-gen-go-grpc, protoc-gen-go-ttrpc, runtimetest, staticcheck, testreport
+#   scripts/tools.sh NAME...    buf, nfpm, protoc-gen-go, protoc-gen-go-grpc, protoc-gen-go-ttrpc, runtimetest, staticcheck, testreport
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -9,6 +9,7 @@ set -euo pipefail
 package_of() {
 	case $1 in
 	buf) echo github.com/bufbuild/buf/cmd/buf ;;
+	nfpm) echo github.com/goreleaser/nfpm/v2/cmd/nfpm ;;
 	protoc-gen-go) echo google.golang.org/protobuf/cmd/protoc-gen-go ;;
 	protoc-gen-go-grpc) echo google.golang.org/grpc/cmd/protoc-gen-go-grpc ;;
 	protoc-gen-go-ttrpc) echo github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc ;;

@@ -127,7 +127,7 @@ request is at fault; 126 when the command cannot be executed; 127 when it is not
 		a.updateCommand(), a.pauseCommand(), a.resumeCommand(),
 		a.rmCommand(), a.execCommand(), a.attachCommand(), a.cpCommand())
 	add(groupLook, a.psCommand(), a.inspectCommand(), a.logsCommand(), a.eventsCommand(), a.statsCommand())
-	add(groupRest, a.imageCommand(), a.templateCommand(), a.policyCommand(), a.doctorCommand(), a.versionCommand())
+	add(groupRest, a.imageCommand(), a.templateCommand(), a.policyCommand(), a.doctorCommand(), a.versionCommand(), a.manCommand())
 	root.SetHelpCommandGroupID(groupRest)
 	root.SetCompletionCommandGroupID(groupRest)
 	return root

@@ -61,10 +61,11 @@ type config struct {
 	agentPool   int
 	version     bool
 	help        bool
+	man         bool
 }
 
 // notInFile are flags that make no sense as keys of the config file.
-var notInFile = []string{"config", "version", "help"}
+var notInFile = []string{"config", "version", "help", "man"}
 
 func (c *config) flags() *pflag.FlagSet {
 	f := pflag.NewFlagSet("sandboxd", pflag.ContinueOnError)
@@ -105,6 +106,9 @@ func (c *config) flags() *pflag.FlagSet {
 	f.StringVar(&c.trace, "trace", "", "file to append the time of every phase of every sandbox to, for measuring; see make bench-trace")
 	f.BoolVar(&c.version, "version", false, "print the version and exit")
 	f.BoolVarP(&c.help, "help", "h", false, "print this and exit")
+	f.BoolVar(&c.man, "man", false, "print the manual page and exit")
+	// For the package's build.
+	_ = f.MarkHidden("man")
 	return f
 }
 

@@ -44,6 +44,8 @@ type daemon struct {
 	tls    *server.TLSFiles
 	// What to do when it ends, or when its start fails: the last one first.
 	undo []func() error
+	// alive returns once it had every lock that all calls need: for the watchdog.
+	alive func()
 }
 
 func (d *daemon) close() error {
@@ -124,6 +126,8 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 		return nil, err
 	}
 	d.onClose(manager.Close)
+	// It goes through all workloads, none of which may hold its lock for longer than an assignment.
+	d.alive = func() { manager.Count() }
 	if err := manager.Recover(ctx); err != nil {
 		return nil, fmt.Errorf("cannot recover workloads: %w", err)
 	}

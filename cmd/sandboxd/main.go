@@ -35,6 +35,9 @@ func run(args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if c.man {
+		return manual(flags).Write(stdout)
+	}
 	if c.version {
 		_, err := fmt.Fprintf(stdout, "sandboxd %s (commit %s, %s, agent protocol %d)\n", spec.Version, spec.Commit, goruntime.Version(), spec.ProtocolVersion)
 		return err
@@ -59,24 +62,6 @@ func run(args []string, stdout io.Writer) error {
 	return serve(ctx, c, log, hangup)
 }
 
-func usage(w io.Writer, flags *pflag.FlagSet) error {
-	_, err := fmt.Fprintf(w, `sandboxd runs workloads as containers or microVMs, as its policy decides, and answers on a Unix socket and,
-with certificates, over TCP.
-
-Usage:
-  sandboxd [flags]
-
-Examples:
-  sandboxd --policy /etc/sandboxd/policy.yaml
-  sandboxd --listen unix:///tmp/one/sandboxd.sock --state-dir /tmp/one/state --run-dir /tmp/one/run --vm-accel auto
-  sandboxd --access /etc/sandboxd/access.yaml --listen unix:///run/sandboxd/sandboxd.sock,tcp://10.0.0.1:7443 \
-    --tls-cert host.pem --tls-key host.key --tls-client-ca callers.pem
-
-Flags:
-%s`, flags.FlagUsagesWrapped(100))
-	return err
-}
-
 // serve runs the daemon until ctx is done.
 func serve(ctx context.Context, c config, log *zap.Logger, hangup <-chan os.Signal) (err error) {
 	notify := newNotifier()
@@ -94,6 +79,15 @@ func serve(ctx context.Context, c config, log *zap.Logger, hangup <-chan os.Sign
 	served := make(chan error, len(listeners))
 	for _, l := range listeners {
 		go func() { served <- d.server.Serve(l) }()
+	}
+	beat, stopBeat := context.WithCancel(ctx)
+	defer stopBeat()
+	every, err := watchdogInterval()
+	if err != nil {
+		return err
+	}
+	if every > 0 {
+		go notify.keepAlive(beat, every, d.alive, log)
 	}
 	if err := notify.send("READY=1", "STATUS=answering on "+d.socket); err != nil {
 		log.Warn("systemd does not know that this daemon is ready", zap.Error(err))

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
 
@@ -69,4 +72,38 @@ func (n notifier) send(state ...string) error {
 		return fmt.Errorf("cannot tell systemd %s: %w", state[0], err)
 	}
 	return nil
+}
+
+// watchdogInterval is how often systemd wants to hear that the daemon is alive: a third of what it allows, as
+// sd_watchdog_enabled(3) advises half at most. 0 when it does not ask.
+func watchdogInterval() (time.Duration, error) {
+	usec, pid := os.Getenv("WATCHDOG_USEC"), os.Getenv("WATCHDOG_PID")
+	os.Unsetenv("WATCHDOG_USEC")
+	os.Unsetenv("WATCHDOG_PID")
+	if usec == "" || (pid != "" && pid != strconv.Itoa(os.Getpid())) {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(usec, 10, 64)
+	if err != nil || n < 3 || n > int64(24*time.Hour/time.Microsecond) {
+		return 0, fmt.Errorf("cannot use WATCHDOG_USEC=%q: it is microseconds, between 3 and a day's: mend WatchdogSec= of the unit", usec)
+	}
+	return time.Duration(n) * time.Microsecond / 3, nil
+}
+
+// keepAlive tells systemd every so often that the daemon is alive, as long as alive returns. One that hangs for ever, on a
+// lock that nobody gives back, is then ended by systemd with the stacks of its goroutines in the log, and started anew.
+func (n notifier) keepAlive(ctx context.Context, every time.Duration, alive func(), log *zap.Logger) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		alive()
+		if err := n.send("WATCHDOG=1"); err != nil {
+			log.Warn("systemd does not know that this daemon is alive", zap.Error(err))
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }

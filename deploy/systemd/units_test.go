@@ -2,6 +2,7 @@
 package systemd
 
 import (
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,7 @@ var required = []struct{ unit, section, setting, reason string }{
 	{"sandboxd.service", "Service", "RuntimeDirectoryPreserve=yes", "stopping the daemon would remove the sockets of living sandboxes"},
 	{"sandboxd.service", "Service", "TasksMax=infinity", "all sandboxes together would share the default limit of tasks"},
 	{"sandboxd.service", "Service", "Restart=on-failure", "a crashed daemon would stay away"},
+	{"sandboxd.service", "Service", "WatchdogSec=180s", "a daemon that hangs would stay so"},
 	{"sandboxd.service", "Unit", "Requires=sandboxd.socket", "it would not get its socket"},
 	{"sandboxd.socket", "Socket", "SocketMode=0660", "any user could ask for sandboxes as root"},
 }
@@ -107,5 +109,86 @@ func TestSystemdRefuses(t *testing.T) {
 				t.Error("systemd-analyze verify accepted it")
 			}
 		})
+	}
+}
+
+const decision = "../../docs/decisions/0011-the-unit-and-the-package.md"
+
+// security is what systemd-analyze says: the settings that are open, and the score.
+func security(t *testing.T, unit string) (open []string, score string) {
+	t.Helper()
+	analyze, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Skip("systemd-analyze is missing: install package systemd to run this")
+	}
+	path := filepath.Join(t.TempDir(), "sandboxd.service")
+	if err := os.WriteFile(path, []byte(unit), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.CommandContext(t.Context(), analyze, "security", "--offline=true", "--no-pager", "--json=short", path).Output()
+	if err != nil {
+		t.Fatalf("systemd-analyze security: %v", err)
+	}
+	var rows []struct {
+		Set  *bool  `json:"set"`
+		Name string `json:"name"`
+	}
+	if err := json.Unmarshal(out, &rows); err != nil {
+		t.Fatalf("%v in %s", err, out)
+	}
+	for _, r := range rows {
+		if r.Set != nil && !*r.Set {
+			open = append(open, r.Name)
+		}
+	}
+	out, err = exec.CommandContext(t.Context(), analyze, "security", "--offline=true", "--no-pager", path).Output()
+	_, after, found := strings.Cut(string(out), "exposure level for sandboxd.service: ")
+	if err != nil || !found {
+		t.Fatalf("systemd-analyze security: %v in %s", err, out)
+	}
+	return open, strings.Fields(after)[0]
+}
+
+// reasons are the rows of the decision's table.
+func reasons(t *testing.T) (text string, rows map[string]string) {
+	t.Helper()
+	b, err := os.ReadFile(decision)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows = map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		name, reason, ok := strings.Cut(strings.TrimPrefix(line, "| `"), "` | ")
+		if ok && strings.HasPrefix(line, "| `") {
+			rows[strings.ReplaceAll(name, `\|`, "|")] = strings.Trim(reason, " |\n")
+		}
+	}
+	return string(b), rows
+}
+
+// Each line that systemd-analyze marks has a reason, each reason a line, and the score is the documented one.
+func TestEveryOpenLineHasAReason(t *testing.T) {
+	b, err := os.ReadFile("sandboxd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	open, score := security(t, string(b))
+	text, rows := reasons(t)
+	for _, name := range open {
+		if rows[name] == "" {
+			t.Errorf("%s is open and has no reason in %s", name, decision)
+		}
+		delete(rows, name)
+	}
+	for name := range rows {
+		t.Errorf("%s has a reason to be open in %s and is not", name, decision)
+	}
+	if !strings.Contains(text, "says **"+score+"**") {
+		t.Errorf("systemd-analyze says %s, and %s does not", score, decision)
+	}
+	// A line opened again is found, or the comparison shows nothing.
+	again, _ := security(t, strings.Replace(string(b), "CAP_SYS_BOOT ", "", 1))
+	if len(again) != len(open)+1 {
+		t.Errorf("%d open lines, and with one capability more %d", len(open), len(again))
 	}
 }

@@ -94,7 +94,7 @@ var small = []struct {
 	},
 	{
 		program: "./cmd/sandboxctl",
-		own:     []string{"./cmd/sandboxctl/...", "./pkg/client/...", "./pkg/spec", "./pkg/policy", "./pkg/weaken", "./api/proto/sandboxd/v1"},
+		own:     []string{"./cmd/sandboxctl/...", "./pkg/client/...", "./pkg/spec", "./pkg/policy", "./pkg/manpage", "./pkg/weaken", "./api/proto/sandboxd/v1"},
 		modules: nil, // any
 		reason:  "what a user installs on another machine: it brings nothing that builds sandboxes; weaken is empty but in test builds",
 	},
