@@ -62,6 +62,10 @@ test-host: test-assets ## what this machine may lack, in a Debian of its own in 
 crash: test-assets build ## kill the daemon at every step of every workload's life, and look what is lost or left
 	@scripts/crash.sh
 
+.PHONY: soak
+soak: test-assets build ## many callers and random disturbances for SOAK (60s), then CYCLES (2000) workloads that come and go
+	@scripts/soak.sh
+
 .PHONY: fuzz
 fuzz: ## every fuzz test for FUZZTIME (20s) each
 	@scripts/fuzz.sh

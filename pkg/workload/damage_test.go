@@ -178,3 +178,20 @@ func TestRecoverTellsARebootFromARestart(t *testing.T) {
 		}
 	}
 }
+
+// A journal that cannot be written anew takes no room.
+func TestJournalLeavesNoHalf(t *testing.T) {
+	dir := t.TempDir()
+	s := reopen(t, dir)
+	put(t, s, "a", 1)
+	gone := map[string]places{"a": {record: place{at: 1 << 40, length: 1 << 10}}}
+	if next, _, err := s.journal.rewrite(s.path(), gone); err == nil || next != nil {
+		t.Fatalf("written anew from what is not there: %v", err)
+	}
+	if left, err := filepath.Glob(s.path() + ".*"); err != nil || len(left) > 0 {
+		t.Errorf("left: %q, %v", left, err)
+	}
+	if got := names(t, s); !slices.Equal(got, []string{"a 1"}) {
+		t.Errorf("%v", got)
+	}
+}

@@ -224,7 +224,7 @@ func newJournal(path string) (*journal, error) {
 		err = j.fill(journalAhead)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot make records: %w", err), f.Close())
+		return nil, errors.Join(fmt.Errorf("cannot make records: %w", err), f.Close(), os.Remove(f.Name()))
 	}
 	return j, nil
 }
@@ -272,14 +272,14 @@ func (j *journal) rewrite(path string, live map[string]places) (*journal, map[st
 		if to.record = to.config; err == nil && at.record != at.config {
 			to.record, err = copied(at.record)
 		}
-		if err != nil {
-			return nil, nil, errors.Join(err, next.close())
+		if err != nil { // for lack of room, perhaps: take none
+			return nil, nil, errors.Join(err, next.close(), os.Remove(next.file.Name()))
 		}
 		moved[id] = to
 	}
 	fault.At("journal", "written anew")
 	if err := next.name(path); err != nil {
-		return nil, nil, errors.Join(err, next.close())
+		return nil, nil, errors.Join(err, next.close(), os.Remove(next.file.Name()))
 	}
 	fault.At("journal", "named")
 	return next, moved, errors.Join(syncDir(filepath.Dir(path)), j.close())

@@ -62,7 +62,13 @@ type neighbour struct {
 // newSuite starts a daemon with points, and a neighbour behind each of the walls.
 func newSuite(t *testing.T, walls []string, args ...string) *suite {
 	t.Helper()
-	u := &suite{t: t, gate: openGate(t), d: harness.MakeNetworkedDaemon(t, args...)}
+	return newSuiteWith(t, harness.MakeNetworkedDaemon(t, args...), walls)
+}
+
+// newSuiteWith is newSuite with a daemon that does not run yet.
+func newSuiteWith(t *testing.T, d *harness.Daemon, walls []string) *suite {
+	t.Helper()
+	u := &suite{t: t, gate: openGate(t), d: d}
 	u.d.Program = filepath.Join(testBuild(t), "sandboxd")
 	u.d.Env = []string{faultVariable + "=" + u.gate.path}
 	u.d.MustStart(t)

@@ -36,6 +36,12 @@ func (s *scene) truth() (lost []string) {
 		return []string{err.Error()}
 	case s.told[remove]:
 		say("it was deleted, and has come back")
+	case w.GetStatus().GetState() == sandboxdv1.WorkloadState_WORKLOAD_STATE_DELETING && s.asked[remove]:
+		// Its caller was told that it failed on the way: it must be possible to ask again.
+		if err := s.delete(true); err != nil {
+			say("%v", err)
+		}
+		return lost
 	}
 	lost = append(lost, s.promises(w)...)
 	if err := s.finish(w); err != nil {
