@@ -165,7 +165,7 @@ func (p *peers) podman(ctx context.Context, b *bench) (subject, error) {
 func benchContainers(ctx context.Context, b *bench) ([]row, error) {
 	d, p := b.d, b.p
 	subjects := []subject{{
-		name: "sandboxd container", includes: "gRPC create, start, wait, delete; cgroup, namespaces, size-limited layer, seccomp, durable record",
+		name: "sandboxd container", includes: "gRPC RunWorkload to its removal; cgroup, namespaces, size-limited layer, seccomp, durable record",
 		do: func(ctx context.Context, c string) (int, error) { return d.run(ctx, container, c) },
 	}}
 	const pool = 8
@@ -179,6 +179,10 @@ func benchContainers(ctx context.Context, b *bench) ([]row, error) {
 	subjects = append(subjects, subject{
 		name: pooledName, includes: fmt.Sprintf("a second sandboxd with --agent-pool %d, which fills it between the runs", pool),
 		do: func(ctx context.Context, c string) (int, error) { return pooled.run(ctx, container, c) },
+	})
+	subjects = append(subjects, subject{
+		name: "in four calls", includes: "gRPC create, start, wait, delete, as callers do that have something to do between them",
+		do: func(ctx context.Context, c string) (int, error) { return d.runInFour(ctx, container, c) },
 	})
 	if err := hideUnifiedCgroup(); err != nil {
 		return nil, err

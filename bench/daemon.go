@@ -155,11 +155,7 @@ var commands = map[string][]string{
 }
 
 func (d *daemon) create(ctx context.Context, isolation sandboxdv1.Isolation, command string) (string, error) {
-	w, err := d.workloads.CreateWorkload(ctx, &sandboxdv1.CreateWorkloadRequest{Spec: &sandboxdv1.WorkloadSpec{
-		Image: benchImage, Isolation: isolation,
-		Process:   &sandboxdv1.ProcessSpec{Command: commands[command]},
-		Resources: &sandboxdv1.Resources{MemoryBytes: 256 << 20},
-	}})
+	w, err := d.workloads.CreateWorkload(ctx, &sandboxdv1.CreateWorkloadRequest{Spec: request(isolation, command)})
 	return w.GetWorkload().GetId(), err
 }
 
@@ -177,8 +173,48 @@ func (d *daemon) delete(ctx context.Context, id string) error {
 	return err
 }
 
-// run is a whole life through the API: create, start, wait, delete.
+// request asks for what each subject runs.
+func request(isolation sandboxdv1.Isolation, command string) *sandboxdv1.WorkloadSpec {
+	return &sandboxdv1.WorkloadSpec{
+		Image: benchImage, Isolation: isolation,
+		Process:   &sandboxdv1.ProcessSpec{Command: commands[command]},
+		Resources: &sandboxdv1.Resources{MemoryBytes: 256 << 20},
+	}
+}
+
+// run is a whole life through the API in one call, which answers when the workload is gone.
 func (d *daemon) run(ctx context.Context, isolation sandboxdv1.Isolation, command string) (int, error) {
+	w, err := d.runWorkload(ctx, isolation, command)
+	if err != nil {
+		return 0, err
+	}
+	return exitOf(w)
+}
+
+func (d *daemon) runWorkload(ctx context.Context, isolation sandboxdv1.Isolation, command string) (*sandboxdv1.Workload, error) {
+	s, err := d.workloads.RunWorkload(ctx, &sandboxdv1.RunWorkloadRequest{Spec: request(isolation, command), RemoveWhenEnded: true})
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.Recv()
+	if err != nil {
+		return nil, err
+	}
+	if r.GetEvent() != sandboxdv1.RunEvent_RUN_EVENT_REMOVED {
+		return nil, fmt.Errorf("the workload is not gone: %v", r.GetEvent())
+	}
+	return r.GetWorkload(), nil
+}
+
+func exitOf(w *sandboxdv1.Workload) (int, error) {
+	if w.GetStatus().ExitCode == nil {
+		return 0, fmt.Errorf("no exit code: %s", w.GetStatus().GetMessage())
+	}
+	return int(w.GetStatus().GetExitCode()), nil
+}
+
+// runInFour is a whole life through the API: create, start, wait, delete.
+func (d *daemon) runInFour(ctx context.Context, isolation sandboxdv1.Isolation, command string) (int, error) {
 	id, err := d.start(ctx, isolation, command)
 	if err != nil {
 		return 0, err
@@ -187,10 +223,11 @@ func (d *daemon) run(ctx context.Context, isolation sandboxdv1.Isolation, comman
 	if err != nil {
 		return 0, err
 	}
-	if w.GetWorkload().GetStatus().ExitCode == nil {
-		return 0, fmt.Errorf("no exit code: %s", w.GetWorkload().GetStatus().GetMessage())
+	code, err := exitOf(w.GetWorkload())
+	if err != nil {
+		return 0, err
 	}
-	return int(w.GetWorkload().GetStatus().GetExitCode()), d.delete(ctx, id)
+	return code, d.delete(ctx, id)
 }
 
 func (d *daemon) exec(ctx context.Context, id, command string) (int, error) {

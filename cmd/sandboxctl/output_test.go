@@ -53,7 +53,7 @@ func TestExitCodes(t *testing.T) {
 func TestWrongCommandLines(t *testing.T) {
 	for _, args := range [][]string{
 		{"run"}, {"create"}, {"exec", "x"}, {"nosuch"}, {"image", "nosuch"}, {"ps", "extra"}, {"ps", "--nosuch"}, {"cp", "a"},
-		{"--format", "xml", "ps"}, {"--address", "tcp://x", "ps"}, {"run", "-d", "--rm", "x"}, {"cp", "a", "b"}, {"cp", "w:/a", "v:/b"},
+		{"--format", "xml", "ps"}, {"--address", "tcp://x", "ps"}, {"cp", "a", "b"}, {"cp", "w:/a", "v:/b"},
 		{"logs", "--tail", "few", "x"}, {"logs", "--since", "yesterday", "x"},
 	} {
 		a, stdout, stderr := quiet(formatTable)

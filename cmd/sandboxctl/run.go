@@ -23,12 +23,10 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 		Example: `  sandboxctl run --rm debian uname -r
   sandboxctl run --rm -it --isolation vm debian bash
   tar c . | sandboxctl run --rm -i debian tar t
+  sandboxctl run -d --rm debian ./report-to-somebody
   sandboxctl run -d --name web --cpus 0.5 --memory 128m debian python3 -m http.server`,
 		Args: minArgs(1, "IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if detach && remove {
-				return errors.New("cannot use --rm with -d: sandboxctl is not there to remove it when it ends: run it without --rm and remove it with sandboxctl rm")
-			}
 			request, err := flags.request(args[0], args[1:])
 			if err != nil {
 				return err
@@ -38,6 +36,9 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 			}
 			if detach {
 				return a.call(func(ctx context.Context, c *client.Client, _ []string) error {
+					if remove {
+						return a.runRemoved(ctx, c, request)
+					}
 					return a.runDetached(ctx, c, request)
 				})(cmd, args)
 			}
@@ -52,7 +53,7 @@ IMAGE belongs to the command. The workload stays, for logs and inspect, unless -
 	flags.register(cmd.Flags())
 	flags.registerKey(cmd.Flags())
 	boolFlag(cmd.Flags(), &detach, "detach", "d", "print the id and leave it running")
-	cmd.Flags().BoolVar(&remove, "rm", false, "delete the workload when it has ended, or when this program is interrupted; not with -d")
+	cmd.Flags().BoolVar(&remove, "rm", false, "delete the workload when it has ended, or when this program is interrupted; with -d the daemon does, logs and all")
 	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
@@ -81,6 +82,26 @@ func (a *app) runDetached(ctx context.Context, c *client.Client, request *sandbo
 		return a.printJSON(w)
 	}
 	return nil
+}
+
+// runRemoved is runDetached of a workload that the daemon removes when it has ended, or could not be started.
+func (a *app) runRemoved(ctx context.Context, c *client.Client, r *sandboxdv1.CreateWorkloadRequest) error {
+	answers, err := c.Workloads.RunWorkload(ctx, &sandboxdv1.RunWorkloadRequest{
+		Name: r.GetName(), Labels: r.GetLabels(), Spec: r.GetSpec(), IdempotencyKey: r.GetIdempotencyKey(),
+		RemoveWhenEnded: true, Detach: true,
+	})
+	if err != nil {
+		return err
+	}
+	started, err := answers.Recv()
+	if err != nil {
+		return err
+	}
+	if a.json() {
+		return a.printJSON(started.GetWorkload())
+	}
+	_, err = fmt.Fprintln(a.stdout, started.GetWorkload().GetId())
+	return err
 }
 
 func (a *app) runForeground(ctx context.Context, c *client.Client, request *sandboxdv1.CreateWorkloadRequest, remove bool) error {

@@ -121,6 +121,7 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 		StateDir: c.stateDir, Log: log.Named("workload"),
 		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts, Networks: networks, Admission: c.admissionBounds(),
 		Templates: c.templates.sharing(),
+		Removed:   func(w workload.Workload, err error) { server.AuditRemoved(trail, log.Named("server"), w, err) },
 	})
 	if err != nil {
 		return nil, err

@@ -29,6 +29,8 @@ const (
 type row struct {
 	// What a role must allow.
 	verb access.Verb
+	// And these, the same role.
+	also []access.Verb
 	// In place of a verb: whoever could open the socket, provided the transport proved who it is.
 	open bool
 	on   subject
@@ -42,11 +44,14 @@ type row struct {
 // registered. Besides, each field of a request has a row in fields.
 var methods = map[string]row{
 	sandboxdv1.WorkloadService_CreateWorkload_FullMethodName: {verb: access.Create, on: onRequest, audited: true},
-	sandboxdv1.WorkloadService_StartWorkload_FullMethodName:  {verb: access.Control, on: onWorkload, audited: true},
-	sandboxdv1.WorkloadService_GetWorkload_FullMethodName:    {verb: access.View, on: onWorkload},
-	sandboxdv1.WorkloadService_ListWorkloads_FullMethodName:  {verb: access.View, on: onVisible},
-	sandboxdv1.WorkloadService_StopWorkload_FullMethodName:   {verb: access.Control, on: onWorkload, audited: true},
-	sandboxdv1.WorkloadService_KillWorkload_FullMethodName:   {verb: access.Control, on: onWorkload, audited: true},
+	// What is created has the caller for its owner and labels that fit, so whoever may do these things may do them to it; what is
+	// to be removed has a row in fields.
+	sandboxdv1.WorkloadService_RunWorkload_FullMethodName:   {verb: access.Create, also: []access.Verb{access.Control, access.View}, on: onRequest, audited: true, long: true},
+	sandboxdv1.WorkloadService_StartWorkload_FullMethodName: {verb: access.Control, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_GetWorkload_FullMethodName:   {verb: access.View, on: onWorkload},
+	sandboxdv1.WorkloadService_ListWorkloads_FullMethodName: {verb: access.View, on: onVisible},
+	sandboxdv1.WorkloadService_StopWorkload_FullMethodName:  {verb: access.Control, on: onWorkload, audited: true},
+	sandboxdv1.WorkloadService_KillWorkload_FullMethodName:  {verb: access.Control, on: onWorkload, audited: true},
 	// What an update asks for has rows in fields, as a creation has; the policy is asked again, about this caller.
 	sandboxdv1.WorkloadService_UpdateWorkload_FullMethodName: {verb: access.Update, on: onWorkload, audited: true},
 	sandboxdv1.WorkloadService_PauseWorkload_FullMethodName:  {verb: access.Control, on: onWorkload, audited: true},

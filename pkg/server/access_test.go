@@ -226,7 +226,7 @@ func TestMethodsTimesVerbs(t *testing.T) {
 			calls++
 			err := invoke(t.Context(), h.conn, full, m, request)
 			denied := status.Code(err) == codes.PermissionDenied
-			if want := methods[full].verb != verb; denied != want {
+			if want := methods[full].verb != verb || len(methods[full].also) > 0; denied != want {
 				t.Errorf("%s by a role that may %q: denied %t, want %t: %v", full, verb, denied, want, err)
 			}
 			if info, _ := detailsOf(err); denied && (info.GetReason() != reasonForbidden || info.GetMetadata()["rule"] != "full.may") {
@@ -235,6 +235,48 @@ func TestMethodsTimesVerbs(t *testing.T) {
 		})
 	}
 	t.Logf("%d calls", calls)
+}
+
+// A method that does several things at once needs the verbs of all of them, in one role.
+func TestMethodsOfSeveralVerbs(t *testing.T) {
+	h := accessHarness(t)
+	several := 0
+	eachMethod(t, func(full string, m protoreflect.MethodDescriptor) {
+		needed := methods[full].verbs()
+		if len(needed) == 1 {
+			return
+		}
+		several++
+		request := minimal(t, m.Input())
+		label(request, "a")
+		join := func(verbs []access.Verb) string {
+			var s []string
+			for _, v := range verbs {
+				s = append(s, string(v))
+			}
+			return strings.Join(s, ", ")
+		}
+		h.server.SetAccess(roles(t, fmt.Sprintf(fullRole, join(needed)), 0))
+		if err := invoke(t.Context(), h.conn, full, m, request); status.Code(err) == codes.PermissionDenied {
+			t.Errorf("%s with all it needs: %v", full, err)
+		}
+		for i, left := range needed {
+			others := slices.Delete(slices.Clone(needed), i, i+1)
+			h.server.SetAccess(roles(t, fmt.Sprintf(fullRole, join(others)), 0))
+			err := invoke(t.Context(), h.conn, full, m, request)
+			if info, _ := detailsOf(err); status.Code(err) != codes.PermissionDenied || info.GetMetadata()["rule"] != "full.may" {
+				t.Errorf("%s without %q: %v", full, left, err)
+			}
+			second := strings.Replace(fmt.Sprintf(fullRole, left), "name: full", "name: second", 1)
+			h.server.SetAccess(roles(t, fmt.Sprintf(fullRole, join(others))+second, 0))
+			if err := invoke(t.Context(), h.conn, full, m, request); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("%s with %q from another role: %v", full, left, err)
+			}
+		}
+	})
+	if several == 0 {
+		t.Error("there is none: this test tests nothing")
+	}
 }
 
 // label gives a request that makes something the tenant's label.

@@ -20,9 +20,11 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/pkg/access"
 	"github.com/sandboxd/sandboxd/pkg/audit"
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/workload"
 )
 
 // The audit log has a line of every call whose row in methods says audited, written before the caller is answered. A
@@ -229,6 +231,53 @@ func textIn(m protoreflect.Message, outer, inner protoreflect.Name) string {
 		return ""
 	}
 	return within.Get(f).String()
+}
+
+// names notes the workload that a call made.
+func (a *auditCall) names(workload string) {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.over {
+		a.line.Workload = workload
+	}
+}
+
+// step writes a line of something that a call does besides: as the call would have that does only this. The call may be over.
+func (a *auditCall) step(log *zap.Logger, method, workload string, answer error, took time.Duration) {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	line := a.line
+	a.mu.Unlock()
+	ms := took.Milliseconds()
+	line.Time, line.Part, line.Method, line.Workload, line.Request = time.Now().UTC(), "", method, workload, nil
+	line.Code, line.Reason, line.TookMS = status.Code(answer).String(), "", &ms
+	if info := errorInfo(answer); info != nil {
+		line.Reason = info.GetReason()
+	}
+	if err := a.log.Write(line); err != nil {
+		log.Error("a part of a call is missing in the audit log", zap.String("method", method), zap.String("workload", workload),
+			zap.String("code", line.Code), zap.Error(err))
+	}
+}
+
+// AuditRemoved notes the removal of a workload that an earlier daemon was asked to remove at its end, for who created it.
+func AuditRemoved(trail *audit.Log, log *zap.Logger, w workload.Workload, err error) {
+	if trail == nil {
+		return
+	}
+	answer := toStatus(context.Background(), err)
+	line := auditLine{
+		Time: time.Now().UTC(), Call: rand.Text()[:16], Who: auditWho{Transport: "daemon"}, Method: sandboxdv1.WorkloadService_DeleteWorkload_FullMethodName,
+		Workload: w.ID, Decision: "allowed", Code: status.Code(answer).String(),
+	}
+	if err := trail.Write(line); err != nil {
+		log.Error("a removal is missing in the audit log", zap.String("workload", w.ID), zap.Error(err))
+	}
 }
 
 // ended writes the line of a call that is over.

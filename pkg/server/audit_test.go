@@ -5,7 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -134,6 +137,49 @@ func TestPolicysDenialNamesItsRule(t *testing.T) {
 	}
 	if got[0].Request["spec"].(map[string]any)["image"] != "debian" {
 		t.Errorf("the line does not say what was asked for: %v", got[0].Request)
+	}
+}
+
+// What one call does in place of several is in the log as those would be, also what it does after its caller has gone.
+func TestRunIsAuditedStepByStep(t *testing.T) {
+	h := accessHarness(t)
+	lines := audited(t, h.server)
+	finish, finished := make(chan struct{}), make(chan struct{})
+	h.server.Workloads.(*fakeWorkloads).run = func(ctx context.Context, o workload.RunOptions, fn func(workload.RunEvent, workload.Workload) error) error {
+		for _, e := range []workload.RunEvent{workload.RunCreated, workload.RunStarted} {
+			if err := o.Begin(e)("the id", nil); err != nil {
+				return err
+			}
+		}
+		go func() {
+			defer close(finished)
+			<-finish
+			_ = o.Begin(workload.RunRemoved)("the id", spec.Errorf(spec.KindUnavailable, "later").WithReason("LATER"))
+		}()
+		return fn(workload.RunStarted, workload.Workload{ID: "the id"})
+	}
+	s, err := h.workloads.RunWorkload(t.Context(), &sandboxdv1.RunWorkloadRequest{Spec: validCreate().GetSpec(), Detach: true, RemoveWhenEnded: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := s.Recv(); err != nil || r.GetEvent() != sandboxdv1.RunEvent_RUN_EVENT_STARTED {
+		t.Fatalf("answered %v, %v", r, err)
+	}
+	if _, err := s.Recv(); !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	close(finish)
+	<-finished
+	var got []string
+	for _, l := range lines() {
+		got = append(got, fmt.Sprintf("%s %s %s %s %s", path.Base(l.Method), l.Part, l.Workload, l.Code, l.Reason))
+		if l.Decision != "allowed" || l.Call == "" || l.Who.UID == nil {
+			t.Errorf("a line lacks something: %+v", l)
+		}
+	}
+	want := []string{"RunWorkload begin   ", "StartWorkload  the id OK ", "RunWorkload end the id OK ", "DeleteWorkload  the id Unavailable LATER"}
+	if !slices.Equal(got, want) {
+		t.Errorf("the log has\n%q, want\n%q", got, want)
 	}
 }
 

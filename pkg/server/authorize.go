@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -104,18 +105,23 @@ func (s *Server) authorize(ctx context.Context, method string) (*permit, error) 
 		return nil, forbidden("grants", "%s has no role here: a grant in the daemon's access file gives one", who(caller))
 	}
 	var lacking []string
+	var verb access.Verb
 	for _, r := range p.all {
-		if r.Allows(row.verb) {
+		lacks := slices.IndexFunc(row.verbs(), func(v access.Verb) bool { return !r.Allows(v) })
+		if lacks < 0 {
 			p.roles = append(p.roles, r)
-		} else {
-			lacking = append(lacking, r.Name)
+			continue
 		}
+		lacking, verb = append(lacking, r.Name), row.verbs()[lacks]
 	}
 	if len(p.roles) == 0 {
-		return nil, forbidden(lacking[0]+".may", "%s may not %s: its role %s does not say %q", who(caller), method, strings.Join(lacking, ", "), row.verb)
+		return nil, forbidden(lacking[0]+".may", "%s may not %s: its role %s does not say %q", who(caller), method, strings.Join(lacking, ", "), verb)
 	}
 	return p, nil
 }
+
+// verbs are all that a role must allow.
+func (r row) verbs() []access.Verb { return append([]access.Verb{r.verb}, r.also...) }
 
 // authorizeMessage is the second step: whether one of the roles allows what the message asks for. It replaces the id in
 // it by the full one of the workload that was looked at, so that the handler acts on no other.

@@ -84,6 +84,8 @@ func workloadToAPI(w workload.Workload) *sandboxdv1.Workload {
 		Spec:      specToAPI(w.Spec),
 		Status:    statusToAPI(w.Status),
 		CreatedAt: timeToAPI(w.CreatedAt),
+
+		RemoveWhenEnded: w.RemoveWhenEnded,
 	}
 }
 

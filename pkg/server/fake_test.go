@@ -27,6 +27,7 @@ const patience = 30 * time.Second
 type fakeWorkloads struct {
 	Workloads
 	create   func(context.Context, workload.CreateOptions) (workload.Workload, error)
+	run      func(context.Context, workload.RunOptions, func(workload.RunEvent, workload.Workload) error) error
 	get      func(ref string) (workload.Workload, error)
 	list     func(workload.Filter, int, string) ([]workload.Workload, string, error)
 	wait     func(context.Context, string) (workload.Workload, error)
@@ -46,6 +47,9 @@ type fakeWorkloads struct {
 
 func (f *fakeWorkloads) Create(ctx context.Context, o workload.CreateOptions) (workload.Workload, error) {
 	return f.create(ctx, o)
+}
+func (f *fakeWorkloads) Run(ctx context.Context, o workload.RunOptions, fn func(workload.RunEvent, workload.Workload) error) error {
+	return f.run(ctx, o, fn)
 }
 func (f *fakeWorkloads) Get(ref string) (workload.Workload, error) { return f.get(ref) }
 func (f *fakeWorkloads) List(w workload.Filter, size int, token string) ([]workload.Workload, string, error) {

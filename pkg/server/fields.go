@@ -1,6 +1,8 @@
 package server
 
 import (
+	"fmt"
+
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
@@ -119,6 +121,14 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.ExplainRequest.name":                   {free: answers},
 	"sandboxd.v1.ExplainRequest.labels":                 {check: labelsFit, unset: true},
 	"sandboxd.v1.ExplainRequest.spec":                   {free: parts},
+
+	"sandboxd.v1.RunWorkloadRequest.name":              {free: "as in a creation", audited: true},
+	"sandboxd.v1.RunWorkloadRequest.labels":            {check: labelsFit, unset: true, audited: true},
+	"sandboxd.v1.RunWorkloadRequest.spec":              {free: parts},
+	"sandboxd.v1.RunWorkloadRequest.idempotency_key":   {free: "finds only what this caller made with it", audited: true},
+	"sandboxd.v1.RunWorkloadRequest.remove_when_ended": {check: mayRemoveOwn, audited: true},
+	"sandboxd.v1.RunWorkloadRequest.detach":            {free: answers, audited: true},
+	"sandboxd.v1.RunWorkloadRequest.progress":          {free: answers},
 
 	"sandboxd.v1.StartWorkloadRequest.id":         {free: names, audited: true},
 	"sandboxd.v1.GetWorkloadRequest.id":           {free: names},
@@ -260,6 +270,13 @@ func mayMount(_ *Server, r *access.Role, w *sandboxdv1.WorkloadSpec) string {
 		}
 	}
 	return ""
+}
+
+func mayRemoveOwn(_ *Server, r *access.Role, _ proto.Message) string {
+	if r.Allows(access.Delete) {
+		return ""
+	}
+	return fmt.Sprintf("may: it does not say %q", access.Delete)
 }
 
 func labelsFit(_ *Server, r *access.Role, m proto.Message) string {

@@ -80,14 +80,17 @@ var excess = map[protoreflect.FullName]struct {
 	"sandboxd.v1.Resources.cpuset_cpus":        {"privileges", toString("0")},
 	"sandboxd.v1.Resources.swap_bytes":         {"privileges", toUint64(1)},
 	"sandboxd.v1.CreateWorkloadRequest.labels": {"workloads", toTenant("b")},
-	"sandboxd.v1.ExplainRequest.labels":        {"workloads", toTenant("b")},
-	"sandboxd.v1.ImportImageStart.name":        {"images", toString("registry.example/other")},
-	"sandboxd.v1.PullImageRequest.reference":   {"images", toString("registry.example/other")},
-	"sandboxd.v1.PullImageRequest.insecure":    {"privileges", toTrue},
-	"sandboxd.v1.GetImageRequest.reference":    {"images", toString("registry.example/other")},
-	"sandboxd.v1.RemoveImageRequest.reference": {"images", toString("registry.example/other")},
-	"sandboxd.v1.BuildTemplateRequest.image":   {"images", toString("registry.example/other")},
-	"sandboxd.v1.BuildTemplateRequest.labels":  {"workloads", toTenant("b")},
+	"sandboxd.v1.RunWorkloadRequest.labels":    {"workloads", toTenant("b")},
+	// Which removes only what this very caller has made, and still is a removal.
+	"sandboxd.v1.RunWorkloadRequest.remove_when_ended": {"may", toTrue},
+	"sandboxd.v1.ExplainRequest.labels":                {"workloads", toTenant("b")},
+	"sandboxd.v1.ImportImageStart.name":                {"images", toString("registry.example/other")},
+	"sandboxd.v1.PullImageRequest.reference":           {"images", toString("registry.example/other")},
+	"sandboxd.v1.PullImageRequest.insecure":            {"privileges", toTrue},
+	"sandboxd.v1.GetImageRequest.reference":            {"images", toString("registry.example/other")},
+	"sandboxd.v1.RemoveImageRequest.reference":         {"images", toString("registry.example/other")},
+	"sandboxd.v1.BuildTemplateRequest.image":           {"images", toString("registry.example/other")},
+	"sandboxd.v1.BuildTemplateRequest.labels":          {"workloads", toTenant("b")},
 }
 
 func toString(s string) func(protoreflect.Message, protoreflect.FieldDescriptor) {
@@ -127,9 +130,9 @@ func toBind(m protoreflect.Message, f protoreflect.FieldDescriptor) {
 	m.Mutable(f).List().Append(protoreflect.ValueOfMessage(bind.ProtoReflect()))
 }
 
-// littleRole may do everything, and ask for nothing beyond the minimal request.
+// littleRole may do everything but delete, and ask for nothing beyond the minimal request.
 const littleRole = `  - name: little
-    may: [view, logs, create, control, update, delete, exec, copy, images-view, images-add, images-remove, templates-view, templates-build, templates-remove, policy-view, system-view]
+    may: [view, logs, create, control, update, exec, copy, images-view, images-add, images-remove, templates-view, templates-build, templates-remove, policy-view, system-view]
     workloads: {tenant: a}
     isolation: [vm]
     images: ["docker.io/library/busybox:*"]

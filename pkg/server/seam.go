@@ -27,6 +27,7 @@ type Workloads interface {
 
 type lifecycle interface {
 	Create(context.Context, workload.CreateOptions) (workload.Workload, error)
+	Run(ctx context.Context, o workload.RunOptions, fn func(workload.RunEvent, workload.Workload) error) error
 	Start(ctx context.Context, ref string) (workload.Workload, error)
 	Stop(ctx context.Context, ref string, grace time.Duration) (workload.Workload, error)
 	Kill(ctx context.Context, ref, signal string) error

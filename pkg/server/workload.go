@@ -45,14 +45,19 @@ func (s *workloadService) CreateWorkload(ctx context.Context, r *sandboxdv1.Crea
 	}
 	o.Key = r.GetIdempotencyKey()
 	w, err := s.Workloads.Create(ctx, o)
-	if spec.KindOf(err) == spec.KindAlreadyExists && permitOf(ctx).everything() == nil {
-		// Whose name it is may not be the caller's business.
-		return nil, spec.Errorf(spec.KindAlreadyExists, "the name %q is taken: choose another", r.GetName())
-	}
 	if err != nil {
-		return nil, err
+		return nil, createError(ctx, r.GetName(), err)
 	}
 	return &sandboxdv1.CreateWorkloadResponse{Workload: workloadToAPI(w)}, nil
+}
+
+// createError is what a caller is told of why a workload could not be created.
+func createError(ctx context.Context, name string, err error) error {
+	if spec.KindOf(err) == spec.KindAlreadyExists && permitOf(ctx).everything() == nil {
+		// Whose name it is may not be the caller's business.
+		return spec.Errorf(spec.KindAlreadyExists, "the name %q is taken: choose another", name)
+	}
+	return err
 }
 
 func (s *workloadService) StartWorkload(ctx context.Context, r *sandboxdv1.StartWorkloadRequest) (*sandboxdv1.StartWorkloadResponse, error) {

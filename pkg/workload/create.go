@@ -23,8 +23,13 @@ type CreateOptions struct {
 	Labels map[string]string
 	Spec   spec.Workload
 	Caller spec.Caller
+	// The daemon deletes it when it has ended: Run's, for whoever creates a workload otherwise is there to delete it.
+	RemoveWhenEnded bool
 	// Not empty: a retry by the same caller with the same key answers with the workload that the first try made.
 	Key string
+
+	// Nobody is told of it before it is started: the start's sync is soon enough.
+	unsynced bool
 }
 
 // Create records a workload and the policy's decision. It runs nothing.
@@ -66,7 +71,7 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 	}
 	e := newEntry(m, &record{
 		Workload: Workload{
-			ID: id, Name: o.Name, Labels: maps.Clone(o.Labels), Spec: o.Spec, CreatedAt: time.Now().UTC(),
+			ID: id, Name: o.Name, Labels: maps.Clone(o.Labels), Spec: o.Spec, CreatedAt: time.Now().UTC(), RemoveWhenEnded: o.RemoveWhenEnded,
 			Status: Status{State: StateCreated, Isolation: decision.Granted, Decision: decision, ImageDigest: img.Digest},
 		},
 		Asked:  asked,
@@ -84,7 +89,7 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 		m.forget(e)
 		return Workload{}, err
 	}
-	if err := m.record(e); err != nil {
+	if err := m.record(e, !o.unsynced); err != nil {
 		m.forget(e)
 		return Workload{}, err
 	}
@@ -96,8 +101,8 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 	return w, nil
 }
 
-// record writes the record of a new workload. It is on the disk before anyone is told of the workload.
-func (m *Manager) record(e *entry) error {
+// record writes the record of a new workload. With sync it is on the disk before anyone is told of the workload.
+func (m *Manager) record(e *entry, sync bool) error {
 	defer phase.Begin(e.id, "record "+string(StateCreated))()
 	fault.At("record", "before created")
 	change, err := m.store.put(&e.rec)
@@ -105,6 +110,9 @@ func (m *Manager) record(e *entry) error {
 		return err
 	}
 	fault.At("record", "created written")
+	if !sync {
+		return nil
+	}
 	if err = m.store.sync(change); err != nil {
 		_, _ = m.store.delete(e.id) // it may be there after all, and nobody knows of it
 	}

@@ -104,12 +104,13 @@ func runProcess(n int) string { return "run-" + strconv.Itoa(n) }
 func (e *entry) workload() Workload {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.workloadLocked()
+	return e.rec.workload()
 }
 
-func (e *entry) workloadLocked() Workload {
-	w := e.rec.Workload
-	w.Owner = e.rec.Caller
+// workload is what callers see of it.
+func (r *record) workload() Workload {
+	w := r.Workload
+	w.Owner = r.Caller
 	w.Labels = maps.Clone(w.Labels)
 	w.Spec.Mounts = slices.Clone(w.Spec.Mounts)
 	if w.Status.Exit != nil {

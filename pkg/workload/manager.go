@@ -52,6 +52,9 @@ type Config struct {
 	Defaults spec.Resources
 	// What they may hold together.
 	Admission Admission
+	// Removed, unless nil, is told of a workload that was removed at its end by another daemon than was asked to: no call is
+	// there any more that would tell of it.
+	Removed func(Workload, error)
 	// Whose VMs may share templates; the zero value: those of one caller.
 	Templates TemplateSharing
 }

@@ -28,10 +28,11 @@ func (o CreateOptions) once() (*once, error) {
 	}
 	// Maps are encoded in the order of their keys.
 	b, err := json.Marshal(struct {
-		Name   string
-		Labels map[string]string
-		Spec   spec.Workload
-	}{o.Name, o.Labels, o.Spec})
+		Name            string
+		Labels          map[string]string
+		Spec            spec.Workload
+		RemoveWhenEnded bool `json:",omitempty"`
+	}{o.Name, o.Labels, o.Spec, o.RemoveWhenEnded})
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the request: %w", err)
 	}

@@ -46,6 +46,9 @@ func (m *Manager) Recover(ctx context.Context) error {
 			if err := e.recover(ctx); err != nil && ctx.Err() == nil {
 				m.cfg.Log.Error("cannot recover workload", zap.String("workload", e.id), zap.Error(err))
 			}
+			if rec, _, _ := e.peek(); rec.RemoveWhenEnded {
+				m.owned.Go(e.removeRecovered)
+			}
 			return ctx.Err()
 		})
 	}

@@ -41,24 +41,27 @@ func (m *Manager) Start(ctx context.Context, ref string) (Workload, error) {
 		return Workload{}, err
 	}
 	result := make(chan error, 1)
-	m.owned.Go(func() {
-		defer e.unlock()
-		ctx, cancelLimit := context.WithTimeoutCause(m.ctx, startLimit, spec.Errorf(spec.KindUnavailable,
-			"workload %q did not start within %v: the host may be overloaded; start it again", e.name, startLimit))
-		defer cancelLimit()
-		ctx, cancel := context.WithCancelCause(ctx)
-		defer cancel(nil)
-		e.mu.Lock()
-		e.cancelStart = cancel
-		e.mu.Unlock()
-		result <- e.start(ctx)
-	})
+	m.owned.Go(func() { result <- e.startHeld() })
 	select {
 	case err := <-result:
 		return e.workload(), err
 	case <-ctx.Done():
 		return Workload{}, ctx.Err()
 	}
+}
+
+// startHeld starts with e.op held, and gives it back.
+func (e *entry) startHeld() error {
+	defer e.unlock()
+	ctx, cancelLimit := context.WithTimeoutCause(e.m.ctx, startLimit, spec.Errorf(spec.KindUnavailable,
+		"workload %q did not start within %v: the host may be overloaded; start it again", e.name, startLimit))
+	defer cancelLimit()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	e.mu.Lock()
+	e.cancelStart = cancel
+	e.mu.Unlock()
+	return e.start(ctx)
 }
 
 // start runs with e.op held.
@@ -86,12 +89,12 @@ func (e *entry) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	log, err := e.output()
+	logBase, opened, err := e.openOutput(rec.Run == 0)
 	if err != nil {
 		return err
 	}
+	defer opened() //nolint:errcheck // recorded has its error
 	end()
-	logEnd, _ := log.end()
 	boot, err := bootid.Host()
 	if err != nil {
 		return err
@@ -100,7 +103,7 @@ func (e *entry) start(ctx context.Context) error {
 		return e.setState(StateStarting, func(r *record) {
 			r.Run++
 			r.Boot = boot
-			r.LogBase = logEnd.offset
+			r.LogBase = logBase
 			r.Status.Exit, r.Status.Message, r.Status.OOM = nil, "", nil
 		})
 	}); err != nil {
@@ -108,7 +111,8 @@ func (e *entry) start(ctx context.Context) error {
 	}
 	// The walls go up meanwhile: they do not outlive the host. The process may leave its mark on the world, and must not have
 	// run unbeknownst.
-	recorded := e.syncBeside()
+	synced := e.syncBeside()
+	recorded := func() error { return errors.Join(synced(), opened()) }
 	r, err := e.build(ctx, img, agent.Container{ID: containerID, Config: config, Filter: filter, AgentFilter: own}, recorded)
 	if err == nil {
 		m := e.m
@@ -116,6 +120,25 @@ func (e *entry) start(ctx context.Context) error {
 		return nil
 	}
 	return e.startFailed(ctx, err)
+}
+
+// openOutput opens the output's log, and says from where on in it this run's output lies. The first run's is made while the walls go
+// up: next to a sync a file system takes its time. opened waits for it, and may be called again.
+func (e *entry) openOutput(first bool) (from uint64, opened func() error, err error) {
+	if !first {
+		log, err := e.output()
+		if err != nil {
+			return 0, nil, err
+		}
+		end, _ := log.end()
+		return end.offset, func() error { return nil }, nil
+	}
+	result := make(chan error, 1)
+	go func() {
+		_, err := e.output()
+		result <- err
+	}()
+	return 0, sync.OnceValue(func() error { return <-result }), nil
 }
 
 // build raises the walls and starts the process. After an error the caller takes down what stands.

@@ -194,14 +194,27 @@ func (m *Manager) Wait(ctx context.Context, ref string) (Workload, error) {
 	if err != nil {
 		return Workload{}, err
 	}
+	return e.end(ctx)
+}
+
+// end waits for the end of a workload. One that is being deleted is gone, unless it was to be removed at its end: that may be faster
+// than who waits for it, who is told how it had ended.
+func (e *entry) end(ctx context.Context) (Workload, error) {
 	rec, err := e.await(ctx, func(rec record) bool {
 		return terminal(rec.Status.State) || rec.Status.State == StateDeleting
 	})
 	if err != nil {
 		return Workload{}, err
 	}
-	if rec.Status.State == StateDeleting {
-		return Workload{}, e.gone()
+	w := rec.workload()
+	if w.Status.State == StateDeleting {
+		if !rec.RemoveWhenEnded || rec.Run == 0 {
+			return Workload{}, e.gone()
+		}
+		w.Status.State = StateFailed
+		if w.Status.Exit != nil {
+			w.Status.State = StateExited
+		}
 	}
-	return e.workload(), nil
+	return w, nil
 }

@@ -43,6 +43,8 @@ type Workload struct {
 	Spec      spec.Workload     `json:"spec"`
 	CreatedAt time.Time         `json:"createdAt"`
 	Status    Status            `json:"status"`
+	// The daemon deletes it when it has ended.
+	RemoveWhenEnded bool `json:"removeWhenEnded,omitempty"`
 	// Who created it. The record keeps it beside this.
 	Owner spec.Caller `json:"-"`
 }

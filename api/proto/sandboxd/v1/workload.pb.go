@@ -353,14 +353,16 @@ func (Event_Type) EnumDescriptor() ([]byte, []int) {
 type Workload struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 32 hexadecimal digits; an unambiguous prefix of at least 4 will do in requests.
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Labels        map[string]string      `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Spec          *WorkloadSpec          `protobuf:"bytes,4,opt,name=spec,proto3" json:"spec,omitempty"`
-	Status        *WorkloadStatus        `protobuf:"bytes,5,opt,name=status,proto3" json:"status,omitempty"`
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name      string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Labels    map[string]string      `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Spec      *WorkloadSpec          `protobuf:"bytes,4,opt,name=spec,proto3" json:"spec,omitempty"`
+	Status    *WorkloadStatus        `protobuf:"bytes,5,opt,name=status,proto3" json:"status,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// The daemon removes it when it has ended, also after a restart: RunWorkload was asked to.
+	RemoveWhenEnded bool `protobuf:"varint,470,opt,name=remove_when_ended,json=removeWhenEnded,proto3" json:"remove_when_ended,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Workload) Reset() {
@@ -433,6 +435,13 @@ func (x *Workload) GetCreatedAt() *timestamppb.Timestamp {
 		return x.CreatedAt
 	}
 	return nil
+}
+
+func (x *Workload) GetRemoveWhenEnded() bool {
+	if x != nil {
+		return x.RemoveWhenEnded
+	}
+	return false
 }
 
 type WorkloadSpec struct {
@@ -1970,7 +1979,7 @@ var File_sandboxd_v1_workload_proto protoreflect.FileDescriptor
 
 const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\n" +
-	"\x1asandboxd/v1/workload.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x02\n" +
+	"\x1asandboxd/v1/workload.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x02\n" +
 	"\bWorkload\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x129\n" +
@@ -1978,7 +1987,8 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x04spec\x18\x04 \x01(\v2\x19.sandboxd.v1.WorkloadSpecR\x04spec\x123\n" +
 	"\x06status\x18\x05 \x01(\v2\x1b.sandboxd.v1.WorkloadStatusR\x06status\x129\n" +
 	"\n" +
-	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x1a9\n" +
+	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12+\n" +
+	"\x11remove_when_ended\x18\xd6\x03 \x01(\bR\x0fremoveWhenEnded\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcd\x05\n" +

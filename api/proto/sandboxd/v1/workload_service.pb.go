@@ -25,6 +25,66 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What happens to a workload in RunWorkload, in this order.
+type RunEvent int32
+
+const (
+	RunEvent_RUN_EVENT_UNSPECIFIED RunEvent = 0
+	// It is recorded. What the policy decided is in status.decision.
+	RunEvent_RUN_EVENT_CREATED RunEvent = 1
+	// Its process runs.
+	RunEvent_RUN_EVENT_STARTED RunEvent = 2
+	// It is EXITED or FAILED, its sandbox taken down.
+	RunEvent_RUN_EVENT_ENDED RunEvent = 3
+	// It is gone, with its logs and its writable layer.
+	RunEvent_RUN_EVENT_REMOVED RunEvent = 4
+)
+
+// Enum value maps for RunEvent.
+var (
+	RunEvent_name = map[int32]string{
+		0: "RUN_EVENT_UNSPECIFIED",
+		1: "RUN_EVENT_CREATED",
+		2: "RUN_EVENT_STARTED",
+		3: "RUN_EVENT_ENDED",
+		4: "RUN_EVENT_REMOVED",
+	}
+	RunEvent_value = map[string]int32{
+		"RUN_EVENT_UNSPECIFIED": 0,
+		"RUN_EVENT_CREATED":     1,
+		"RUN_EVENT_STARTED":     2,
+		"RUN_EVENT_ENDED":       3,
+		"RUN_EVENT_REMOVED":     4,
+	}
+)
+
+func (x RunEvent) Enum() *RunEvent {
+	p := new(RunEvent)
+	*p = x
+	return p
+}
+
+func (x RunEvent) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RunEvent) Descriptor() protoreflect.EnumDescriptor {
+	return file_sandboxd_v1_workload_service_proto_enumTypes[0].Descriptor()
+}
+
+func (RunEvent) Type() protoreflect.EnumType {
+	return &file_sandboxd_v1_workload_service_proto_enumTypes[0]
+}
+
+func (x RunEvent) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RunEvent.Descriptor instead.
+func (RunEvent) EnumDescriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{0}
+}
+
 type OutputStream int32
 
 const (
@@ -58,11 +118,11 @@ func (x OutputStream) String() string {
 }
 
 func (OutputStream) Descriptor() protoreflect.EnumDescriptor {
-	return file_sandboxd_v1_workload_service_proto_enumTypes[0].Descriptor()
+	return file_sandboxd_v1_workload_service_proto_enumTypes[1].Descriptor()
 }
 
 func (OutputStream) Type() protoreflect.EnumType {
-	return &file_sandboxd_v1_workload_service_proto_enumTypes[0]
+	return &file_sandboxd_v1_workload_service_proto_enumTypes[1]
 }
 
 func (x OutputStream) Number() protoreflect.EnumNumber {
@@ -71,7 +131,7 @@ func (x OutputStream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputStream.Descriptor instead.
 func (OutputStream) EnumDescriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{0}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{1}
 }
 
 type CreateWorkloadRequest struct {
@@ -1146,6 +1206,159 @@ func (*DeleteWorkloadResponse) Descriptor() ([]byte, []int) {
 	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{21}
 }
 
+type RunWorkloadRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in CreateWorkloadRequest.
+	Name   string            `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Labels map[string]string `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Spec   *WorkloadSpec     `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
+	// As in CreateWorkloadRequest. A retry starts nothing twice: it goes on with the workload of the first call wherever that is
+	// by then. One that was removed has left its key, too: a retry after that runs it again. Whoever cannot have that removes it
+	// himself once he knows how it ended.
+	IdempotencyKey string `protobuf:"bytes,4,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
+	// The daemon deletes the workload when it has ended, or could not be started; whether the caller is still there or not, and
+	// after a restart of the daemon as well.
+	RemoveWhenEnded bool `protobuf:"varint,5,opt,name=remove_when_ended,json=removeWhenEnded,proto3" json:"remove_when_ended,omitempty"`
+	// The call ends when the process runs, instead of when the workload has ended or is removed.
+	Detach bool `protobuf:"varint,6,opt,name=detach,proto3" json:"detach,omitempty"`
+	// Answer to everything that happens. Without it there is one answer, to the last.
+	Progress      bool `protobuf:"varint,7,opt,name=progress,proto3" json:"progress,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunWorkloadRequest) Reset() {
+	*x = RunWorkloadRequest{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunWorkloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunWorkloadRequest) ProtoMessage() {}
+
+func (x *RunWorkloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunWorkloadRequest.ProtoReflect.Descriptor instead.
+func (*RunWorkloadRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *RunWorkloadRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RunWorkloadRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *RunWorkloadRequest) GetSpec() *WorkloadSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+func (x *RunWorkloadRequest) GetIdempotencyKey() string {
+	if x != nil {
+		return x.IdempotencyKey
+	}
+	return ""
+}
+
+func (x *RunWorkloadRequest) GetRemoveWhenEnded() bool {
+	if x != nil {
+		return x.RemoveWhenEnded
+	}
+	return false
+}
+
+func (x *RunWorkloadRequest) GetDetach() bool {
+	if x != nil {
+		return x.Detach
+	}
+	return false
+}
+
+func (x *RunWorkloadRequest) GetProgress() bool {
+	if x != nil {
+		return x.Progress
+	}
+	return false
+}
+
+type RunWorkloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Event RunEvent               `protobuf:"varint,1,opt,name=event,proto3,enum=sandboxd.v1.RunEvent" json:"event,omitempty"`
+	// As it was then. Of one that is removed: as it had ended, which is what WaitWorkload answers.
+	Workload      *Workload `protobuf:"bytes,2,opt,name=workload,proto3" json:"workload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunWorkloadResponse) Reset() {
+	*x = RunWorkloadResponse{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunWorkloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunWorkloadResponse) ProtoMessage() {}
+
+func (x *RunWorkloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunWorkloadResponse.ProtoReflect.Descriptor instead.
+func (*RunWorkloadResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *RunWorkloadResponse) GetEvent() RunEvent {
+	if x != nil {
+		return x.Event
+	}
+	return RunEvent_RUN_EVENT_UNSPECIFIED
+}
+
+func (x *RunWorkloadResponse) GetWorkload() *Workload {
+	if x != nil {
+		return x.Workload
+	}
+	return nil
+}
+
 type ExecRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Request:
@@ -1162,7 +1375,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1174,7 +1387,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[22]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1187,7 +1400,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecRequest) GetRequest() isExecRequest_Request {
@@ -1307,7 +1520,7 @@ type ExecStart struct {
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1532,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[23]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1545,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExecStart) GetId() string {
@@ -1406,7 +1619,7 @@ type CloseStdin struct {
 
 func (x *CloseStdin) Reset() {
 	*x = CloseStdin{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1418,7 +1631,7 @@ func (x *CloseStdin) String() string {
 func (*CloseStdin) ProtoMessage() {}
 
 func (x *CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[24]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1431,7 +1644,7 @@ func (x *CloseStdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseStdin.ProtoReflect.Descriptor instead.
 func (*CloseStdin) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{26}
 }
 
 type ExecResponse struct {
@@ -1449,7 +1662,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1461,7 +1674,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[25]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1474,7 +1687,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExecResponse) GetResponse() isExecResponse_Response {
@@ -1560,7 +1773,7 @@ type ExecStarted struct {
 
 func (x *ExecStarted) Reset() {
 	*x = ExecStarted{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1572,7 +1785,7 @@ func (x *ExecStarted) String() string {
 func (*ExecStarted) ProtoMessage() {}
 
 func (x *ExecStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[26]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1585,7 +1798,7 @@ func (x *ExecStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStarted.ProtoReflect.Descriptor instead.
 func (*ExecStarted) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExecStarted) GetPid() int32 {
@@ -1606,7 +1819,7 @@ type ProcessExit struct {
 
 func (x *ProcessExit) Reset() {
 	*x = ProcessExit{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1831,7 @@ func (x *ProcessExit) String() string {
 func (*ProcessExit) ProtoMessage() {}
 
 func (x *ProcessExit) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[27]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1844,7 @@ func (x *ProcessExit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessExit.ProtoReflect.Descriptor instead.
 func (*ProcessExit) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ProcessExit) GetCode() int32 {
@@ -1664,7 +1877,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1889,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[28]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1902,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AttachRequest) GetRequest() isAttachRequest_Request {
@@ -1790,7 +2003,7 @@ type AttachStart struct {
 
 func (x *AttachStart) Reset() {
 	*x = AttachStart{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +2015,7 @@ func (x *AttachStart) String() string {
 func (*AttachStart) ProtoMessage() {}
 
 func (x *AttachStart) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[29]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +2028,7 @@ func (x *AttachStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachStart.ProtoReflect.Descriptor instead.
 func (*AttachStart) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AttachStart) GetId() string {
@@ -1847,7 +2060,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +2072,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[30]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +2085,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AttachResponse) GetResponse() isAttachResponse_Response {
@@ -1955,7 +2168,7 @@ type AttachStarted struct {
 
 func (x *AttachStarted) Reset() {
 	*x = AttachStarted{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1967,7 +2180,7 @@ func (x *AttachStarted) String() string {
 func (*AttachStarted) ProtoMessage() {}
 
 func (x *AttachStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[31]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1980,7 +2193,7 @@ func (x *AttachStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachStarted.ProtoReflect.Descriptor instead.
 func (*AttachStarted) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{33}
 }
 
 type StreamLogsRequest struct {
@@ -2001,7 +2214,7 @@ type StreamLogsRequest struct {
 
 func (x *StreamLogsRequest) Reset() {
 	*x = StreamLogsRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2226,7 @@ func (x *StreamLogsRequest) String() string {
 func (*StreamLogsRequest) ProtoMessage() {}
 
 func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[32]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2239,7 @@ func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamLogsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{32}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StreamLogsRequest) GetId() string {
@@ -2078,7 +2291,7 @@ type StreamLogsResponse struct {
 
 func (x *StreamLogsResponse) Reset() {
 	*x = StreamLogsResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2090,7 +2303,7 @@ func (x *StreamLogsResponse) String() string {
 func (*StreamLogsResponse) ProtoMessage() {}
 
 func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[33]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2103,7 +2316,7 @@ func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamLogsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{33}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StreamLogsResponse) GetTime() *timestamppb.Timestamp {
@@ -2147,7 +2360,7 @@ type CopyInRequest struct {
 
 func (x *CopyInRequest) Reset() {
 	*x = CopyInRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2159,7 +2372,7 @@ func (x *CopyInRequest) String() string {
 func (*CopyInRequest) ProtoMessage() {}
 
 func (x *CopyInRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[34]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2172,7 +2385,7 @@ func (x *CopyInRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyInRequest.ProtoReflect.Descriptor instead.
 func (*CopyInRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{34}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CopyInRequest) GetRequest() isCopyInRequest_Request {
@@ -2228,7 +2441,7 @@ type CopyInStart struct {
 
 func (x *CopyInStart) Reset() {
 	*x = CopyInStart{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2240,7 +2453,7 @@ func (x *CopyInStart) String() string {
 func (*CopyInStart) ProtoMessage() {}
 
 func (x *CopyInStart) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[35]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2253,7 +2466,7 @@ func (x *CopyInStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyInStart.ProtoReflect.Descriptor instead.
 func (*CopyInStart) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{35}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CopyInStart) GetId() string {
@@ -2278,7 +2491,7 @@ type CopyInResponse struct {
 
 func (x *CopyInResponse) Reset() {
 	*x = CopyInResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2503,7 @@ func (x *CopyInResponse) String() string {
 func (*CopyInResponse) ProtoMessage() {}
 
 func (x *CopyInResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[36]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2516,7 @@ func (x *CopyInResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyInResponse.ProtoReflect.Descriptor instead.
 func (*CopyInResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{36}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{38}
 }
 
 type CopyOutRequest struct {
@@ -2316,7 +2529,7 @@ type CopyOutRequest struct {
 
 func (x *CopyOutRequest) Reset() {
 	*x = CopyOutRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2328,7 +2541,7 @@ func (x *CopyOutRequest) String() string {
 func (*CopyOutRequest) ProtoMessage() {}
 
 func (x *CopyOutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[37]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2341,7 +2554,7 @@ func (x *CopyOutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyOutRequest.ProtoReflect.Descriptor instead.
 func (*CopyOutRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{37}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CopyOutRequest) GetId() string {
@@ -2368,7 +2581,7 @@ type CopyOutResponse struct {
 
 func (x *CopyOutResponse) Reset() {
 	*x = CopyOutResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2593,7 @@ func (x *CopyOutResponse) String() string {
 func (*CopyOutResponse) ProtoMessage() {}
 
 func (x *CopyOutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[38]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2606,7 @@ func (x *CopyOutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyOutResponse.ProtoReflect.Descriptor instead.
 func (*CopyOutResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{38}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CopyOutResponse) GetData() []byte {
@@ -2412,7 +2625,7 @@ type GetUsageRequest struct {
 
 func (x *GetUsageRequest) Reset() {
 	*x = GetUsageRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[39]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2424,7 +2637,7 @@ func (x *GetUsageRequest) String() string {
 func (*GetUsageRequest) ProtoMessage() {}
 
 func (x *GetUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[39]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2437,7 +2650,7 @@ func (x *GetUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetUsageRequest.ProtoReflect.Descriptor instead.
 func (*GetUsageRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{39}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetUsageRequest) GetId() string {
@@ -2456,7 +2669,7 @@ type GetUsageResponse struct {
 
 func (x *GetUsageResponse) Reset() {
 	*x = GetUsageResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[40]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2468,7 +2681,7 @@ func (x *GetUsageResponse) String() string {
 func (*GetUsageResponse) ProtoMessage() {}
 
 func (x *GetUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[40]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2481,7 +2694,7 @@ func (x *GetUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetUsageResponse.ProtoReflect.Descriptor instead.
 func (*GetUsageResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{40}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetUsageResponse) GetUsage() *Usage {
@@ -2503,7 +2716,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[41]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2515,7 +2728,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[41]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2528,7 +2741,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{41}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WatchEventsRequest) GetId() string {
@@ -2554,7 +2767,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[42]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2566,7 +2779,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[42]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2579,7 +2792,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{42}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *WatchEventsResponse) GetEvent() *Event {
@@ -2598,7 +2811,7 @@ type GetOCIConfigRequest struct {
 
 func (x *GetOCIConfigRequest) Reset() {
 	*x = GetOCIConfigRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +2823,7 @@ func (x *GetOCIConfigRequest) String() string {
 func (*GetOCIConfigRequest) ProtoMessage() {}
 
 func (x *GetOCIConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +2836,7 @@ func (x *GetOCIConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOCIConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetOCIConfigRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{43}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *GetOCIConfigRequest) GetId() string {
@@ -2642,7 +2855,7 @@ type GetOCIConfigResponse struct {
 
 func (x *GetOCIConfigResponse) Reset() {
 	*x = GetOCIConfigResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2654,7 +2867,7 @@ func (x *GetOCIConfigResponse) String() string {
 func (*GetOCIConfigResponse) ProtoMessage() {}
 
 func (x *GetOCIConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2667,7 +2880,7 @@ func (x *GetOCIConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOCIConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetOCIConfigResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{44}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *GetOCIConfigResponse) GetConfig() []byte {
@@ -2754,7 +2967,21 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x18\n" +
-	"\x16DeleteWorkloadResponse\"\x88\x02\n" +
+	"\x16DeleteWorkloadResponse\"\xc0\x03\n" +
+	"\x12RunWorkloadRequest\x12<\n" +
+	"\x04name\x18\x01 \x01(\tB(\xbaH%r#\x18?2\x1f^([a-zA-Z0-9][a-zA-Z0-9_.-]*)?$R\x04name\x12]\n" +
+	"\x06labels\x18\x02 \x03(\v2+.sandboxd.v1.RunWorkloadRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x125\n" +
+	"\x04spec\x18\x03 \x01(\v2\x19.sandboxd.v1.WorkloadSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12;\n" +
+	"\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x012\b^[!-~]*$R\x0eidempotencyKey\x12*\n" +
+	"\x11remove_when_ended\x18\x05 \x01(\bR\x0fremoveWhenEnded\x12\x16\n" +
+	"\x06detach\x18\x06 \x01(\bR\x06detach\x12\x1a\n" +
+	"\bprogress\x18\a \x01(\bR\bprogress\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
+	"\x13RunWorkloadResponse\x12+\n" +
+	"\x05event\x18\x01 \x01(\x0e2\x15.sandboxd.v1.RunEventR\x05event\x121\n" +
+	"\bworkload\x18\x02 \x01(\v2\x15.sandboxd.v1.WorkloadR\bworkload\"\x88\x02\n" +
 	"\vExecRequest\x12.\n" +
 	"\x05start\x18\x01 \x01(\v2\x16.sandboxd.v1.ExecStartH\x00R\x05start\x12!\n" +
 	"\x05stdin\x18\x02 \x01(\fB\t\xbaH\x06z\x04\x18\x80\x80@H\x00R\x05stdin\x12:\n" +
@@ -2853,11 +3080,17 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\".\n" +
 	"\x14GetOCIConfigResponse\x12\x16\n" +
-	"\x06config\x18\x01 \x01(\fR\x06config*a\n" +
+	"\x06config\x18\x01 \x01(\fR\x06config*\x7f\n" +
+	"\bRunEvent\x12\x19\n" +
+	"\x15RUN_EVENT_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11RUN_EVENT_CREATED\x10\x01\x12\x15\n" +
+	"\x11RUN_EVENT_STARTED\x10\x02\x12\x13\n" +
+	"\x0fRUN_EVENT_ENDED\x10\x03\x12\x15\n" +
+	"\x11RUN_EVENT_REMOVED\x10\x04*a\n" +
 	"\fOutputStream\x12\x1d\n" +
 	"\x19OUTPUT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14OUTPUT_STREAM_STDOUT\x10\x01\x12\x18\n" +
-	"\x14OUTPUT_STREAM_STDERR\x10\x022\xae\f\n" +
+	"\x14OUTPUT_STREAM_STDERR\x10\x022\x82\r\n" +
 	"\x0fWorkloadService\x12Y\n" +
 	"\x0eCreateWorkload\x12\".sandboxd.v1.CreateWorkloadRequest\x1a#.sandboxd.v1.CreateWorkloadResponse\x12V\n" +
 	"\rStartWorkload\x12!.sandboxd.v1.StartWorkloadRequest\x1a\".sandboxd.v1.StartWorkloadResponse\x12P\n" +
@@ -2869,7 +3102,8 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\rPauseWorkload\x12!.sandboxd.v1.PauseWorkloadRequest\x1a\".sandboxd.v1.PauseWorkloadResponse\x12Y\n" +
 	"\x0eResumeWorkload\x12\".sandboxd.v1.ResumeWorkloadRequest\x1a#.sandboxd.v1.ResumeWorkloadResponse\x12S\n" +
 	"\fWaitWorkload\x12 .sandboxd.v1.WaitWorkloadRequest\x1a!.sandboxd.v1.WaitWorkloadResponse\x12Y\n" +
-	"\x0eDeleteWorkload\x12\".sandboxd.v1.DeleteWorkloadRequest\x1a#.sandboxd.v1.DeleteWorkloadResponse\x12?\n" +
+	"\x0eDeleteWorkload\x12\".sandboxd.v1.DeleteWorkloadRequest\x1a#.sandboxd.v1.DeleteWorkloadResponse\x12R\n" +
+	"\vRunWorkload\x12\x1f.sandboxd.v1.RunWorkloadRequest\x1a .sandboxd.v1.RunWorkloadResponse0\x01\x12?\n" +
 	"\x04Exec\x12\x18.sandboxd.v1.ExecRequest\x1a\x19.sandboxd.v1.ExecResponse(\x010\x01\x12E\n" +
 	"\x06Attach\x12\x1a.sandboxd.v1.AttachRequest\x1a\x1b.sandboxd.v1.AttachResponse(\x010\x01\x12O\n" +
 	"\n" +
@@ -2892,148 +3126,158 @@ func file_sandboxd_v1_workload_service_proto_rawDescGZIP() []byte {
 	return file_sandboxd_v1_workload_service_proto_rawDescData
 }
 
-var file_sandboxd_v1_workload_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_sandboxd_v1_workload_service_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_sandboxd_v1_workload_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_sandboxd_v1_workload_service_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_sandboxd_v1_workload_service_proto_goTypes = []any{
-	(OutputStream)(0),              // 0: sandboxd.v1.OutputStream
-	(*CreateWorkloadRequest)(nil),  // 1: sandboxd.v1.CreateWorkloadRequest
-	(*CreateWorkloadResponse)(nil), // 2: sandboxd.v1.CreateWorkloadResponse
-	(*StartWorkloadRequest)(nil),   // 3: sandboxd.v1.StartWorkloadRequest
-	(*StartWorkloadResponse)(nil),  // 4: sandboxd.v1.StartWorkloadResponse
-	(*GetWorkloadRequest)(nil),     // 5: sandboxd.v1.GetWorkloadRequest
-	(*GetWorkloadResponse)(nil),    // 6: sandboxd.v1.GetWorkloadResponse
-	(*ListWorkloadsRequest)(nil),   // 7: sandboxd.v1.ListWorkloadsRequest
-	(*ListWorkloadsResponse)(nil),  // 8: sandboxd.v1.ListWorkloadsResponse
-	(*StopWorkloadRequest)(nil),    // 9: sandboxd.v1.StopWorkloadRequest
-	(*StopWorkloadResponse)(nil),   // 10: sandboxd.v1.StopWorkloadResponse
-	(*KillWorkloadRequest)(nil),    // 11: sandboxd.v1.KillWorkloadRequest
-	(*KillWorkloadResponse)(nil),   // 12: sandboxd.v1.KillWorkloadResponse
-	(*UpdateWorkloadRequest)(nil),  // 13: sandboxd.v1.UpdateWorkloadRequest
-	(*UpdateWorkloadResponse)(nil), // 14: sandboxd.v1.UpdateWorkloadResponse
-	(*PauseWorkloadRequest)(nil),   // 15: sandboxd.v1.PauseWorkloadRequest
-	(*PauseWorkloadResponse)(nil),  // 16: sandboxd.v1.PauseWorkloadResponse
-	(*ResumeWorkloadRequest)(nil),  // 17: sandboxd.v1.ResumeWorkloadRequest
-	(*ResumeWorkloadResponse)(nil), // 18: sandboxd.v1.ResumeWorkloadResponse
-	(*WaitWorkloadRequest)(nil),    // 19: sandboxd.v1.WaitWorkloadRequest
-	(*WaitWorkloadResponse)(nil),   // 20: sandboxd.v1.WaitWorkloadResponse
-	(*DeleteWorkloadRequest)(nil),  // 21: sandboxd.v1.DeleteWorkloadRequest
-	(*DeleteWorkloadResponse)(nil), // 22: sandboxd.v1.DeleteWorkloadResponse
-	(*ExecRequest)(nil),            // 23: sandboxd.v1.ExecRequest
-	(*ExecStart)(nil),              // 24: sandboxd.v1.ExecStart
-	(*CloseStdin)(nil),             // 25: sandboxd.v1.CloseStdin
-	(*ExecResponse)(nil),           // 26: sandboxd.v1.ExecResponse
-	(*ExecStarted)(nil),            // 27: sandboxd.v1.ExecStarted
-	(*ProcessExit)(nil),            // 28: sandboxd.v1.ProcessExit
-	(*AttachRequest)(nil),          // 29: sandboxd.v1.AttachRequest
-	(*AttachStart)(nil),            // 30: sandboxd.v1.AttachStart
-	(*AttachResponse)(nil),         // 31: sandboxd.v1.AttachResponse
-	(*AttachStarted)(nil),          // 32: sandboxd.v1.AttachStarted
-	(*StreamLogsRequest)(nil),      // 33: sandboxd.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),     // 34: sandboxd.v1.StreamLogsResponse
-	(*CopyInRequest)(nil),          // 35: sandboxd.v1.CopyInRequest
-	(*CopyInStart)(nil),            // 36: sandboxd.v1.CopyInStart
-	(*CopyInResponse)(nil),         // 37: sandboxd.v1.CopyInResponse
-	(*CopyOutRequest)(nil),         // 38: sandboxd.v1.CopyOutRequest
-	(*CopyOutResponse)(nil),        // 39: sandboxd.v1.CopyOutResponse
-	(*GetUsageRequest)(nil),        // 40: sandboxd.v1.GetUsageRequest
-	(*GetUsageResponse)(nil),       // 41: sandboxd.v1.GetUsageResponse
-	(*WatchEventsRequest)(nil),     // 42: sandboxd.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),    // 43: sandboxd.v1.WatchEventsResponse
-	(*GetOCIConfigRequest)(nil),    // 44: sandboxd.v1.GetOCIConfigRequest
-	(*GetOCIConfigResponse)(nil),   // 45: sandboxd.v1.GetOCIConfigResponse
-	nil,                            // 46: sandboxd.v1.CreateWorkloadRequest.LabelsEntry
-	nil,                            // 47: sandboxd.v1.ListWorkloadsRequest.LabelsEntry
-	(*WorkloadSpec)(nil),           // 48: sandboxd.v1.WorkloadSpec
-	(*Workload)(nil),               // 49: sandboxd.v1.Workload
-	(WorkloadState)(0),             // 50: sandboxd.v1.WorkloadState
-	(Isolation)(0),                 // 51: sandboxd.v1.Isolation
-	(*durationpb.Duration)(nil),    // 52: google.protobuf.Duration
-	(*Resources)(nil),              // 53: sandboxd.v1.Resources
-	(*fieldmaskpb.FieldMask)(nil),  // 54: google.protobuf.FieldMask
-	(*TerminalSize)(nil),           // 55: sandboxd.v1.TerminalSize
-	(*timestamppb.Timestamp)(nil),  // 56: google.protobuf.Timestamp
-	(*Usage)(nil),                  // 57: sandboxd.v1.Usage
-	(*Event)(nil),                  // 58: sandboxd.v1.Event
+	(RunEvent)(0),                  // 0: sandboxd.v1.RunEvent
+	(OutputStream)(0),              // 1: sandboxd.v1.OutputStream
+	(*CreateWorkloadRequest)(nil),  // 2: sandboxd.v1.CreateWorkloadRequest
+	(*CreateWorkloadResponse)(nil), // 3: sandboxd.v1.CreateWorkloadResponse
+	(*StartWorkloadRequest)(nil),   // 4: sandboxd.v1.StartWorkloadRequest
+	(*StartWorkloadResponse)(nil),  // 5: sandboxd.v1.StartWorkloadResponse
+	(*GetWorkloadRequest)(nil),     // 6: sandboxd.v1.GetWorkloadRequest
+	(*GetWorkloadResponse)(nil),    // 7: sandboxd.v1.GetWorkloadResponse
+	(*ListWorkloadsRequest)(nil),   // 8: sandboxd.v1.ListWorkloadsRequest
+	(*ListWorkloadsResponse)(nil),  // 9: sandboxd.v1.ListWorkloadsResponse
+	(*StopWorkloadRequest)(nil),    // 10: sandboxd.v1.StopWorkloadRequest
+	(*StopWorkloadResponse)(nil),   // 11: sandboxd.v1.StopWorkloadResponse
+	(*KillWorkloadRequest)(nil),    // 12: sandboxd.v1.KillWorkloadRequest
+	(*KillWorkloadResponse)(nil),   // 13: sandboxd.v1.KillWorkloadResponse
+	(*UpdateWorkloadRequest)(nil),  // 14: sandboxd.v1.UpdateWorkloadRequest
+	(*UpdateWorkloadResponse)(nil), // 15: sandboxd.v1.UpdateWorkloadResponse
+	(*PauseWorkloadRequest)(nil),   // 16: sandboxd.v1.PauseWorkloadRequest
+	(*PauseWorkloadResponse)(nil),  // 17: sandboxd.v1.PauseWorkloadResponse
+	(*ResumeWorkloadRequest)(nil),  // 18: sandboxd.v1.ResumeWorkloadRequest
+	(*ResumeWorkloadResponse)(nil), // 19: sandboxd.v1.ResumeWorkloadResponse
+	(*WaitWorkloadRequest)(nil),    // 20: sandboxd.v1.WaitWorkloadRequest
+	(*WaitWorkloadResponse)(nil),   // 21: sandboxd.v1.WaitWorkloadResponse
+	(*DeleteWorkloadRequest)(nil),  // 22: sandboxd.v1.DeleteWorkloadRequest
+	(*DeleteWorkloadResponse)(nil), // 23: sandboxd.v1.DeleteWorkloadResponse
+	(*RunWorkloadRequest)(nil),     // 24: sandboxd.v1.RunWorkloadRequest
+	(*RunWorkloadResponse)(nil),    // 25: sandboxd.v1.RunWorkloadResponse
+	(*ExecRequest)(nil),            // 26: sandboxd.v1.ExecRequest
+	(*ExecStart)(nil),              // 27: sandboxd.v1.ExecStart
+	(*CloseStdin)(nil),             // 28: sandboxd.v1.CloseStdin
+	(*ExecResponse)(nil),           // 29: sandboxd.v1.ExecResponse
+	(*ExecStarted)(nil),            // 30: sandboxd.v1.ExecStarted
+	(*ProcessExit)(nil),            // 31: sandboxd.v1.ProcessExit
+	(*AttachRequest)(nil),          // 32: sandboxd.v1.AttachRequest
+	(*AttachStart)(nil),            // 33: sandboxd.v1.AttachStart
+	(*AttachResponse)(nil),         // 34: sandboxd.v1.AttachResponse
+	(*AttachStarted)(nil),          // 35: sandboxd.v1.AttachStarted
+	(*StreamLogsRequest)(nil),      // 36: sandboxd.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),     // 37: sandboxd.v1.StreamLogsResponse
+	(*CopyInRequest)(nil),          // 38: sandboxd.v1.CopyInRequest
+	(*CopyInStart)(nil),            // 39: sandboxd.v1.CopyInStart
+	(*CopyInResponse)(nil),         // 40: sandboxd.v1.CopyInResponse
+	(*CopyOutRequest)(nil),         // 41: sandboxd.v1.CopyOutRequest
+	(*CopyOutResponse)(nil),        // 42: sandboxd.v1.CopyOutResponse
+	(*GetUsageRequest)(nil),        // 43: sandboxd.v1.GetUsageRequest
+	(*GetUsageResponse)(nil),       // 44: sandboxd.v1.GetUsageResponse
+	(*WatchEventsRequest)(nil),     // 45: sandboxd.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),    // 46: sandboxd.v1.WatchEventsResponse
+	(*GetOCIConfigRequest)(nil),    // 47: sandboxd.v1.GetOCIConfigRequest
+	(*GetOCIConfigResponse)(nil),   // 48: sandboxd.v1.GetOCIConfigResponse
+	nil,                            // 49: sandboxd.v1.CreateWorkloadRequest.LabelsEntry
+	nil,                            // 50: sandboxd.v1.ListWorkloadsRequest.LabelsEntry
+	nil,                            // 51: sandboxd.v1.RunWorkloadRequest.LabelsEntry
+	(*WorkloadSpec)(nil),           // 52: sandboxd.v1.WorkloadSpec
+	(*Workload)(nil),               // 53: sandboxd.v1.Workload
+	(WorkloadState)(0),             // 54: sandboxd.v1.WorkloadState
+	(Isolation)(0),                 // 55: sandboxd.v1.Isolation
+	(*durationpb.Duration)(nil),    // 56: google.protobuf.Duration
+	(*Resources)(nil),              // 57: sandboxd.v1.Resources
+	(*fieldmaskpb.FieldMask)(nil),  // 58: google.protobuf.FieldMask
+	(*TerminalSize)(nil),           // 59: sandboxd.v1.TerminalSize
+	(*timestamppb.Timestamp)(nil),  // 60: google.protobuf.Timestamp
+	(*Usage)(nil),                  // 61: sandboxd.v1.Usage
+	(*Event)(nil),                  // 62: sandboxd.v1.Event
 }
 var file_sandboxd_v1_workload_service_proto_depIdxs = []int32{
-	46, // 0: sandboxd.v1.CreateWorkloadRequest.labels:type_name -> sandboxd.v1.CreateWorkloadRequest.LabelsEntry
-	48, // 1: sandboxd.v1.CreateWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
-	49, // 2: sandboxd.v1.CreateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	49, // 3: sandboxd.v1.StartWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	49, // 4: sandboxd.v1.GetWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	47, // 5: sandboxd.v1.ListWorkloadsRequest.labels:type_name -> sandboxd.v1.ListWorkloadsRequest.LabelsEntry
-	50, // 6: sandboxd.v1.ListWorkloadsRequest.states:type_name -> sandboxd.v1.WorkloadState
-	51, // 7: sandboxd.v1.ListWorkloadsRequest.isolation:type_name -> sandboxd.v1.Isolation
-	49, // 8: sandboxd.v1.ListWorkloadsResponse.workloads:type_name -> sandboxd.v1.Workload
-	52, // 9: sandboxd.v1.StopWorkloadRequest.grace:type_name -> google.protobuf.Duration
-	49, // 10: sandboxd.v1.StopWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	53, // 11: sandboxd.v1.UpdateWorkloadRequest.resources:type_name -> sandboxd.v1.Resources
-	54, // 12: sandboxd.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	49, // 13: sandboxd.v1.UpdateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	49, // 14: sandboxd.v1.PauseWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	49, // 15: sandboxd.v1.ResumeWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	49, // 16: sandboxd.v1.WaitWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	24, // 17: sandboxd.v1.ExecRequest.start:type_name -> sandboxd.v1.ExecStart
-	25, // 18: sandboxd.v1.ExecRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
-	55, // 19: sandboxd.v1.ExecRequest.resize:type_name -> sandboxd.v1.TerminalSize
-	55, // 20: sandboxd.v1.ExecStart.terminal_size:type_name -> sandboxd.v1.TerminalSize
-	27, // 21: sandboxd.v1.ExecResponse.started:type_name -> sandboxd.v1.ExecStarted
-	28, // 22: sandboxd.v1.ExecResponse.exit:type_name -> sandboxd.v1.ProcessExit
-	30, // 23: sandboxd.v1.AttachRequest.start:type_name -> sandboxd.v1.AttachStart
-	25, // 24: sandboxd.v1.AttachRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
-	55, // 25: sandboxd.v1.AttachRequest.resize:type_name -> sandboxd.v1.TerminalSize
-	32, // 26: sandboxd.v1.AttachResponse.started:type_name -> sandboxd.v1.AttachStarted
-	28, // 27: sandboxd.v1.AttachResponse.exit:type_name -> sandboxd.v1.ProcessExit
-	56, // 28: sandboxd.v1.StreamLogsRequest.since:type_name -> google.protobuf.Timestamp
-	56, // 29: sandboxd.v1.StreamLogsResponse.time:type_name -> google.protobuf.Timestamp
-	0,  // 30: sandboxd.v1.StreamLogsResponse.stream:type_name -> sandboxd.v1.OutputStream
-	36, // 31: sandboxd.v1.CopyInRequest.start:type_name -> sandboxd.v1.CopyInStart
-	57, // 32: sandboxd.v1.GetUsageResponse.usage:type_name -> sandboxd.v1.Usage
-	56, // 33: sandboxd.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
-	58, // 34: sandboxd.v1.WatchEventsResponse.event:type_name -> sandboxd.v1.Event
-	1,  // 35: sandboxd.v1.WorkloadService.CreateWorkload:input_type -> sandboxd.v1.CreateWorkloadRequest
-	3,  // 36: sandboxd.v1.WorkloadService.StartWorkload:input_type -> sandboxd.v1.StartWorkloadRequest
-	5,  // 37: sandboxd.v1.WorkloadService.GetWorkload:input_type -> sandboxd.v1.GetWorkloadRequest
-	7,  // 38: sandboxd.v1.WorkloadService.ListWorkloads:input_type -> sandboxd.v1.ListWorkloadsRequest
-	9,  // 39: sandboxd.v1.WorkloadService.StopWorkload:input_type -> sandboxd.v1.StopWorkloadRequest
-	11, // 40: sandboxd.v1.WorkloadService.KillWorkload:input_type -> sandboxd.v1.KillWorkloadRequest
-	13, // 41: sandboxd.v1.WorkloadService.UpdateWorkload:input_type -> sandboxd.v1.UpdateWorkloadRequest
-	15, // 42: sandboxd.v1.WorkloadService.PauseWorkload:input_type -> sandboxd.v1.PauseWorkloadRequest
-	17, // 43: sandboxd.v1.WorkloadService.ResumeWorkload:input_type -> sandboxd.v1.ResumeWorkloadRequest
-	19, // 44: sandboxd.v1.WorkloadService.WaitWorkload:input_type -> sandboxd.v1.WaitWorkloadRequest
-	21, // 45: sandboxd.v1.WorkloadService.DeleteWorkload:input_type -> sandboxd.v1.DeleteWorkloadRequest
-	23, // 46: sandboxd.v1.WorkloadService.Exec:input_type -> sandboxd.v1.ExecRequest
-	29, // 47: sandboxd.v1.WorkloadService.Attach:input_type -> sandboxd.v1.AttachRequest
-	33, // 48: sandboxd.v1.WorkloadService.StreamLogs:input_type -> sandboxd.v1.StreamLogsRequest
-	35, // 49: sandboxd.v1.WorkloadService.CopyIn:input_type -> sandboxd.v1.CopyInRequest
-	38, // 50: sandboxd.v1.WorkloadService.CopyOut:input_type -> sandboxd.v1.CopyOutRequest
-	40, // 51: sandboxd.v1.WorkloadService.GetUsage:input_type -> sandboxd.v1.GetUsageRequest
-	42, // 52: sandboxd.v1.WorkloadService.WatchEvents:input_type -> sandboxd.v1.WatchEventsRequest
-	44, // 53: sandboxd.v1.WorkloadService.GetOCIConfig:input_type -> sandboxd.v1.GetOCIConfigRequest
-	2,  // 54: sandboxd.v1.WorkloadService.CreateWorkload:output_type -> sandboxd.v1.CreateWorkloadResponse
-	4,  // 55: sandboxd.v1.WorkloadService.StartWorkload:output_type -> sandboxd.v1.StartWorkloadResponse
-	6,  // 56: sandboxd.v1.WorkloadService.GetWorkload:output_type -> sandboxd.v1.GetWorkloadResponse
-	8,  // 57: sandboxd.v1.WorkloadService.ListWorkloads:output_type -> sandboxd.v1.ListWorkloadsResponse
-	10, // 58: sandboxd.v1.WorkloadService.StopWorkload:output_type -> sandboxd.v1.StopWorkloadResponse
-	12, // 59: sandboxd.v1.WorkloadService.KillWorkload:output_type -> sandboxd.v1.KillWorkloadResponse
-	14, // 60: sandboxd.v1.WorkloadService.UpdateWorkload:output_type -> sandboxd.v1.UpdateWorkloadResponse
-	16, // 61: sandboxd.v1.WorkloadService.PauseWorkload:output_type -> sandboxd.v1.PauseWorkloadResponse
-	18, // 62: sandboxd.v1.WorkloadService.ResumeWorkload:output_type -> sandboxd.v1.ResumeWorkloadResponse
-	20, // 63: sandboxd.v1.WorkloadService.WaitWorkload:output_type -> sandboxd.v1.WaitWorkloadResponse
-	22, // 64: sandboxd.v1.WorkloadService.DeleteWorkload:output_type -> sandboxd.v1.DeleteWorkloadResponse
-	26, // 65: sandboxd.v1.WorkloadService.Exec:output_type -> sandboxd.v1.ExecResponse
-	31, // 66: sandboxd.v1.WorkloadService.Attach:output_type -> sandboxd.v1.AttachResponse
-	34, // 67: sandboxd.v1.WorkloadService.StreamLogs:output_type -> sandboxd.v1.StreamLogsResponse
-	37, // 68: sandboxd.v1.WorkloadService.CopyIn:output_type -> sandboxd.v1.CopyInResponse
-	39, // 69: sandboxd.v1.WorkloadService.CopyOut:output_type -> sandboxd.v1.CopyOutResponse
-	41, // 70: sandboxd.v1.WorkloadService.GetUsage:output_type -> sandboxd.v1.GetUsageResponse
-	43, // 71: sandboxd.v1.WorkloadService.WatchEvents:output_type -> sandboxd.v1.WatchEventsResponse
-	45, // 72: sandboxd.v1.WorkloadService.GetOCIConfig:output_type -> sandboxd.v1.GetOCIConfigResponse
-	54, // [54:73] is the sub-list for method output_type
-	35, // [35:54] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	49, // 0: sandboxd.v1.CreateWorkloadRequest.labels:type_name -> sandboxd.v1.CreateWorkloadRequest.LabelsEntry
+	52, // 1: sandboxd.v1.CreateWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
+	53, // 2: sandboxd.v1.CreateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 3: sandboxd.v1.StartWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 4: sandboxd.v1.GetWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	50, // 5: sandboxd.v1.ListWorkloadsRequest.labels:type_name -> sandboxd.v1.ListWorkloadsRequest.LabelsEntry
+	54, // 6: sandboxd.v1.ListWorkloadsRequest.states:type_name -> sandboxd.v1.WorkloadState
+	55, // 7: sandboxd.v1.ListWorkloadsRequest.isolation:type_name -> sandboxd.v1.Isolation
+	53, // 8: sandboxd.v1.ListWorkloadsResponse.workloads:type_name -> sandboxd.v1.Workload
+	56, // 9: sandboxd.v1.StopWorkloadRequest.grace:type_name -> google.protobuf.Duration
+	53, // 10: sandboxd.v1.StopWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	57, // 11: sandboxd.v1.UpdateWorkloadRequest.resources:type_name -> sandboxd.v1.Resources
+	58, // 12: sandboxd.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	53, // 13: sandboxd.v1.UpdateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 14: sandboxd.v1.PauseWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 15: sandboxd.v1.ResumeWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 16: sandboxd.v1.WaitWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	51, // 17: sandboxd.v1.RunWorkloadRequest.labels:type_name -> sandboxd.v1.RunWorkloadRequest.LabelsEntry
+	52, // 18: sandboxd.v1.RunWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
+	0,  // 19: sandboxd.v1.RunWorkloadResponse.event:type_name -> sandboxd.v1.RunEvent
+	53, // 20: sandboxd.v1.RunWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	27, // 21: sandboxd.v1.ExecRequest.start:type_name -> sandboxd.v1.ExecStart
+	28, // 22: sandboxd.v1.ExecRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
+	59, // 23: sandboxd.v1.ExecRequest.resize:type_name -> sandboxd.v1.TerminalSize
+	59, // 24: sandboxd.v1.ExecStart.terminal_size:type_name -> sandboxd.v1.TerminalSize
+	30, // 25: sandboxd.v1.ExecResponse.started:type_name -> sandboxd.v1.ExecStarted
+	31, // 26: sandboxd.v1.ExecResponse.exit:type_name -> sandboxd.v1.ProcessExit
+	33, // 27: sandboxd.v1.AttachRequest.start:type_name -> sandboxd.v1.AttachStart
+	28, // 28: sandboxd.v1.AttachRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
+	59, // 29: sandboxd.v1.AttachRequest.resize:type_name -> sandboxd.v1.TerminalSize
+	35, // 30: sandboxd.v1.AttachResponse.started:type_name -> sandboxd.v1.AttachStarted
+	31, // 31: sandboxd.v1.AttachResponse.exit:type_name -> sandboxd.v1.ProcessExit
+	60, // 32: sandboxd.v1.StreamLogsRequest.since:type_name -> google.protobuf.Timestamp
+	60, // 33: sandboxd.v1.StreamLogsResponse.time:type_name -> google.protobuf.Timestamp
+	1,  // 34: sandboxd.v1.StreamLogsResponse.stream:type_name -> sandboxd.v1.OutputStream
+	39, // 35: sandboxd.v1.CopyInRequest.start:type_name -> sandboxd.v1.CopyInStart
+	61, // 36: sandboxd.v1.GetUsageResponse.usage:type_name -> sandboxd.v1.Usage
+	60, // 37: sandboxd.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
+	62, // 38: sandboxd.v1.WatchEventsResponse.event:type_name -> sandboxd.v1.Event
+	2,  // 39: sandboxd.v1.WorkloadService.CreateWorkload:input_type -> sandboxd.v1.CreateWorkloadRequest
+	4,  // 40: sandboxd.v1.WorkloadService.StartWorkload:input_type -> sandboxd.v1.StartWorkloadRequest
+	6,  // 41: sandboxd.v1.WorkloadService.GetWorkload:input_type -> sandboxd.v1.GetWorkloadRequest
+	8,  // 42: sandboxd.v1.WorkloadService.ListWorkloads:input_type -> sandboxd.v1.ListWorkloadsRequest
+	10, // 43: sandboxd.v1.WorkloadService.StopWorkload:input_type -> sandboxd.v1.StopWorkloadRequest
+	12, // 44: sandboxd.v1.WorkloadService.KillWorkload:input_type -> sandboxd.v1.KillWorkloadRequest
+	14, // 45: sandboxd.v1.WorkloadService.UpdateWorkload:input_type -> sandboxd.v1.UpdateWorkloadRequest
+	16, // 46: sandboxd.v1.WorkloadService.PauseWorkload:input_type -> sandboxd.v1.PauseWorkloadRequest
+	18, // 47: sandboxd.v1.WorkloadService.ResumeWorkload:input_type -> sandboxd.v1.ResumeWorkloadRequest
+	20, // 48: sandboxd.v1.WorkloadService.WaitWorkload:input_type -> sandboxd.v1.WaitWorkloadRequest
+	22, // 49: sandboxd.v1.WorkloadService.DeleteWorkload:input_type -> sandboxd.v1.DeleteWorkloadRequest
+	24, // 50: sandboxd.v1.WorkloadService.RunWorkload:input_type -> sandboxd.v1.RunWorkloadRequest
+	26, // 51: sandboxd.v1.WorkloadService.Exec:input_type -> sandboxd.v1.ExecRequest
+	32, // 52: sandboxd.v1.WorkloadService.Attach:input_type -> sandboxd.v1.AttachRequest
+	36, // 53: sandboxd.v1.WorkloadService.StreamLogs:input_type -> sandboxd.v1.StreamLogsRequest
+	38, // 54: sandboxd.v1.WorkloadService.CopyIn:input_type -> sandboxd.v1.CopyInRequest
+	41, // 55: sandboxd.v1.WorkloadService.CopyOut:input_type -> sandboxd.v1.CopyOutRequest
+	43, // 56: sandboxd.v1.WorkloadService.GetUsage:input_type -> sandboxd.v1.GetUsageRequest
+	45, // 57: sandboxd.v1.WorkloadService.WatchEvents:input_type -> sandboxd.v1.WatchEventsRequest
+	47, // 58: sandboxd.v1.WorkloadService.GetOCIConfig:input_type -> sandboxd.v1.GetOCIConfigRequest
+	3,  // 59: sandboxd.v1.WorkloadService.CreateWorkload:output_type -> sandboxd.v1.CreateWorkloadResponse
+	5,  // 60: sandboxd.v1.WorkloadService.StartWorkload:output_type -> sandboxd.v1.StartWorkloadResponse
+	7,  // 61: sandboxd.v1.WorkloadService.GetWorkload:output_type -> sandboxd.v1.GetWorkloadResponse
+	9,  // 62: sandboxd.v1.WorkloadService.ListWorkloads:output_type -> sandboxd.v1.ListWorkloadsResponse
+	11, // 63: sandboxd.v1.WorkloadService.StopWorkload:output_type -> sandboxd.v1.StopWorkloadResponse
+	13, // 64: sandboxd.v1.WorkloadService.KillWorkload:output_type -> sandboxd.v1.KillWorkloadResponse
+	15, // 65: sandboxd.v1.WorkloadService.UpdateWorkload:output_type -> sandboxd.v1.UpdateWorkloadResponse
+	17, // 66: sandboxd.v1.WorkloadService.PauseWorkload:output_type -> sandboxd.v1.PauseWorkloadResponse
+	19, // 67: sandboxd.v1.WorkloadService.ResumeWorkload:output_type -> sandboxd.v1.ResumeWorkloadResponse
+	21, // 68: sandboxd.v1.WorkloadService.WaitWorkload:output_type -> sandboxd.v1.WaitWorkloadResponse
+	23, // 69: sandboxd.v1.WorkloadService.DeleteWorkload:output_type -> sandboxd.v1.DeleteWorkloadResponse
+	25, // 70: sandboxd.v1.WorkloadService.RunWorkload:output_type -> sandboxd.v1.RunWorkloadResponse
+	29, // 71: sandboxd.v1.WorkloadService.Exec:output_type -> sandboxd.v1.ExecResponse
+	34, // 72: sandboxd.v1.WorkloadService.Attach:output_type -> sandboxd.v1.AttachResponse
+	37, // 73: sandboxd.v1.WorkloadService.StreamLogs:output_type -> sandboxd.v1.StreamLogsResponse
+	40, // 74: sandboxd.v1.WorkloadService.CopyIn:output_type -> sandboxd.v1.CopyInResponse
+	42, // 75: sandboxd.v1.WorkloadService.CopyOut:output_type -> sandboxd.v1.CopyOutResponse
+	44, // 76: sandboxd.v1.WorkloadService.GetUsage:output_type -> sandboxd.v1.GetUsageResponse
+	46, // 77: sandboxd.v1.WorkloadService.WatchEvents:output_type -> sandboxd.v1.WatchEventsResponse
+	48, // 78: sandboxd.v1.WorkloadService.GetOCIConfig:output_type -> sandboxd.v1.GetOCIConfigResponse
+	59, // [59:79] is the sub-list for method output_type
+	39, // [39:59] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_v1_workload_service_proto_init() }
@@ -3042,34 +3286,34 @@ func file_sandboxd_v1_workload_service_proto_init() {
 		return
 	}
 	file_sandboxd_v1_workload_proto_init()
-	file_sandboxd_v1_workload_service_proto_msgTypes[22].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[24].OneofWrappers = []any{
 		(*ExecRequest_Start)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[25].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[27].OneofWrappers = []any{
 		(*ExecResponse_Started)(nil),
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_Exit)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[28].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[30].OneofWrappers = []any{
 		(*AttachRequest_Start)(nil),
 		(*AttachRequest_Stdin)(nil),
 		(*AttachRequest_CloseStdin)(nil),
 		(*AttachRequest_Resize)(nil),
 		(*AttachRequest_Signal)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[30].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[32].OneofWrappers = []any{
 		(*AttachResponse_Started)(nil),
 		(*AttachResponse_Stdout)(nil),
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_sandboxd_v1_workload_service_proto_msgTypes[32].OneofWrappers = []any{}
-	file_sandboxd_v1_workload_service_proto_msgTypes[34].OneofWrappers = []any{
+	file_sandboxd_v1_workload_service_proto_msgTypes[34].OneofWrappers = []any{}
+	file_sandboxd_v1_workload_service_proto_msgTypes[36].OneofWrappers = []any{
 		(*CopyInRequest_Start)(nil),
 		(*CopyInRequest_Data)(nil),
 	}
@@ -3078,8 +3322,8 @@ func file_sandboxd_v1_workload_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_v1_workload_service_proto_rawDesc), len(file_sandboxd_v1_workload_service_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   47,
+			NumEnums:      2,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

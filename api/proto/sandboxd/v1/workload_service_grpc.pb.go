@@ -30,6 +30,7 @@ const (
 	WorkloadService_ResumeWorkload_FullMethodName = "/sandboxd.v1.WorkloadService/ResumeWorkload"
 	WorkloadService_WaitWorkload_FullMethodName   = "/sandboxd.v1.WorkloadService/WaitWorkload"
 	WorkloadService_DeleteWorkload_FullMethodName = "/sandboxd.v1.WorkloadService/DeleteWorkload"
+	WorkloadService_RunWorkload_FullMethodName    = "/sandboxd.v1.WorkloadService/RunWorkload"
 	WorkloadService_Exec_FullMethodName           = "/sandboxd.v1.WorkloadService/Exec"
 	WorkloadService_Attach_FullMethodName         = "/sandboxd.v1.WorkloadService/Attach"
 	WorkloadService_StreamLogs_FullMethodName     = "/sandboxd.v1.WorkloadService/StreamLogs"
@@ -75,6 +76,12 @@ type WorkloadServiceClient interface {
 	WaitWorkload(ctx context.Context, in *WaitWorkloadRequest, opts ...grpc.CallOption) (*WaitWorkloadResponse, error)
 	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force.
 	DeleteWorkload(ctx context.Context, in *DeleteWorkloadRequest, opts ...grpc.CallOption) (*DeleteWorkloadResponse, error)
+	// RunWorkload is CreateWorkload, StartWorkload, WaitWorkload and, with remove_when_ended, DeleteWorkload in one call, and
+	// answers as they do. The caller needs leave for all of them, from one role. Once the workload is recorded all of it goes on
+	// without its caller: one who goes away, or whose deadline passes, misses the answers and nothing else. An error of the start
+	// ends the call; the workload is then there and says why, unless it was to be removed: then it is gone by the time of the error.
+	// Output is in the logs (StreamLogs), and Attach connects to it, until it is removed.
+	RunWorkload(ctx context.Context, in *RunWorkloadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RunWorkloadResponse], error)
 	// Exec runs a further process. The first request carries start; closing the request stream closes standard input.
 	// A client that goes away ends the process.
 	Exec(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecRequest, ExecResponse], error)
@@ -210,9 +217,28 @@ func (c *workloadServiceClient) DeleteWorkload(ctx context.Context, in *DeleteWo
 	return out, nil
 }
 
+func (c *workloadServiceClient) RunWorkload(ctx context.Context, in *RunWorkloadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RunWorkloadResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[0], WorkloadService_RunWorkload_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RunWorkloadRequest, RunWorkloadResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type WorkloadService_RunWorkloadClient = grpc.ServerStreamingClient[RunWorkloadResponse]
+
 func (c *workloadServiceClient) Exec(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecRequest, ExecResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[0], WorkloadService_Exec_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[1], WorkloadService_Exec_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +251,7 @@ type WorkloadService_ExecClient = grpc.BidiStreamingClient[ExecRequest, ExecResp
 
 func (c *workloadServiceClient) Attach(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachRequest, AttachResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[1], WorkloadService_Attach_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[2], WorkloadService_Attach_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -238,7 +264,7 @@ type WorkloadService_AttachClient = grpc.BidiStreamingClient[AttachRequest, Atta
 
 func (c *workloadServiceClient) StreamLogs(ctx context.Context, in *StreamLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StreamLogsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[2], WorkloadService_StreamLogs_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[3], WorkloadService_StreamLogs_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +283,7 @@ type WorkloadService_StreamLogsClient = grpc.ServerStreamingClient[StreamLogsRes
 
 func (c *workloadServiceClient) CopyIn(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[CopyInRequest, CopyInResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[3], WorkloadService_CopyIn_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[4], WorkloadService_CopyIn_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -270,7 +296,7 @@ type WorkloadService_CopyInClient = grpc.ClientStreamingClient[CopyInRequest, Co
 
 func (c *workloadServiceClient) CopyOut(ctx context.Context, in *CopyOutRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CopyOutResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[4], WorkloadService_CopyOut_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[5], WorkloadService_CopyOut_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -299,7 +325,7 @@ func (c *workloadServiceClient) GetUsage(ctx context.Context, in *GetUsageReques
 
 func (c *workloadServiceClient) WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[5], WorkloadService_WatchEvents_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[6], WorkloadService_WatchEvents_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -361,6 +387,12 @@ type WorkloadServiceServer interface {
 	WaitWorkload(context.Context, *WaitWorkloadRequest) (*WaitWorkloadResponse, error)
 	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force.
 	DeleteWorkload(context.Context, *DeleteWorkloadRequest) (*DeleteWorkloadResponse, error)
+	// RunWorkload is CreateWorkload, StartWorkload, WaitWorkload and, with remove_when_ended, DeleteWorkload in one call, and
+	// answers as they do. The caller needs leave for all of them, from one role. Once the workload is recorded all of it goes on
+	// without its caller: one who goes away, or whose deadline passes, misses the answers and nothing else. An error of the start
+	// ends the call; the workload is then there and says why, unless it was to be removed: then it is gone by the time of the error.
+	// Output is in the logs (StreamLogs), and Attach connects to it, until it is removed.
+	RunWorkload(*RunWorkloadRequest, grpc.ServerStreamingServer[RunWorkloadResponse]) error
 	// Exec runs a further process. The first request carries start; closing the request stream closes standard input.
 	// A client that goes away ends the process.
 	Exec(grpc.BidiStreamingServer[ExecRequest, ExecResponse]) error
@@ -418,6 +450,9 @@ func (UnimplementedWorkloadServiceServer) WaitWorkload(context.Context, *WaitWor
 }
 func (UnimplementedWorkloadServiceServer) DeleteWorkload(context.Context, *DeleteWorkloadRequest) (*DeleteWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteWorkload not implemented")
+}
+func (UnimplementedWorkloadServiceServer) RunWorkload(*RunWorkloadRequest, grpc.ServerStreamingServer[RunWorkloadResponse]) error {
+	return status.Error(codes.Unimplemented, "method RunWorkload not implemented")
 }
 func (UnimplementedWorkloadServiceServer) Exec(grpc.BidiStreamingServer[ExecRequest, ExecResponse]) error {
 	return status.Error(codes.Unimplemented, "method Exec not implemented")
@@ -662,6 +697,17 @@ func _WorkloadService_DeleteWorkload_Handler(srv interface{}, ctx context.Contex
 	return interceptor(ctx, in, info, handler)
 }
 
+func _WorkloadService_RunWorkload_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(RunWorkloadRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(WorkloadServiceServer).RunWorkload(m, &grpc.GenericServerStream[RunWorkloadRequest, RunWorkloadResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type WorkloadService_RunWorkloadServer = grpc.ServerStreamingServer[RunWorkloadResponse]
+
 func _WorkloadService_Exec_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(WorkloadServiceServer).Exec(&grpc.GenericServerStream[ExecRequest, ExecResponse]{ServerStream: stream})
 }
@@ -813,6 +859,11 @@ var WorkloadService_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "RunWorkload",
+			Handler:       _WorkloadService_RunWorkload_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "Exec",
 			Handler:       _WorkloadService_Exec_Handler,
