@@ -83,6 +83,11 @@ func surrender(config *specs.Spec, filtered bool) error {
 			return fmt.Errorf("cannot drop capability %d: %w", c.number, errno)
 		}
 	}
+	return keepCapabilities(keep)
+}
+
+// keepCapabilities gives up all others, on every thread.
+func keepCapabilities(keep uint64) error {
 	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	data := &[2]unix.CapUserData{}
 	if err := unix.Capget(header, &data[0]); err != nil {

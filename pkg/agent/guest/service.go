@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os/signal"
 	"strings"
 	"sync"
 	"syscall"
@@ -140,6 +141,9 @@ func (s *Service) createContainer(r *agentv1.CreateContainerRequest) (*specs.Spe
 	}
 	if config.Process != nil {
 		weaken.Adopt(config.Process.Env)
+		if weaken.Without("take signals") {
+			signal.Reset(taken...)
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/spec"
+	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
 // bootFile is what the daemon gives a guest in its initramfs: see spec.VMBoot.
@@ -209,6 +210,12 @@ func (w *vmWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 	}
 	if err := undumpable(); err != nil {
 		return nil, err
+	}
+	// For a test: of who may trace, undumpable keeps nobody off, and who may not has fewer capabilities than an agent that may.
+	if weaken.Without("hold the right to trace") {
+		if err := keepCapabilities(^uint64(1 << unix.CAP_SYS_PTRACE)); err != nil {
+			return nil, err
+		}
 	}
 	return root, filterSelf(filter)
 }

@@ -74,6 +74,8 @@ var attacks = []struct {
 		vm: "resolve inside the root", flags: []string{"--tmpfs", "/link-root/tmp"}},
 	{name: "abstract-socket", tries: "an abstract Unix socket of the host", stops: "a network namespace, or kernel, of its own (control: the same program on the host)"},
 	{name: "neighbour-socket", tries: "the socket of the daemon, by its path on the host and through /proc", stops: "a root of its own (control: the same program on the host)"},
+	{name: "neighbour-agents", tries: "the sockets of other sandboxes' agents, by path and through /proc, vsock addresses and virtio ports",
+		stops: "a root, or kernel, of its own; the daemon's directories are root's, and the filter has no vsock (TestNeighboursAgents)"},
 	{name: "vsock", tries: "a vsock socket", stops: "the filter", container: filter, vm: filter},
 }
 
@@ -126,7 +128,11 @@ func TestAttacks(t *testing.T) {
 	importHostile(t, shared, hostileImage(t, payload))
 	abstract := listenAbstract(t)
 	harness.Both(t, shared, func(t *testing.T, w harness.Wall) {
-		flags := append(environment(w.Daemon, abstract), "-e", "ATTACK_WATCH_MS=1000", "--tmpfs", "/link-root/tmp")
+		neighbours := "ATTACK_NEIGHBOURS="
+		for _, iso := range harness.Isolations {
+			neighbours += " " + strings.Join(socketsOf(t, w.Daemon, w.Daemon.Wall(iso).Start(t, hostile, "/attack", "sleep")), " ")
+		}
+		flags := append(environment(w.Daemon, abstract), "-e", neighbours, "-e", "ATTACK_WATCH_MS=1000", "--tmpfs", "/link-root/tmp")
 		out := ""
 		for _, user := range []string{"", "app"} {
 			args := flags
@@ -146,29 +152,124 @@ func TestAttacks(t *testing.T) {
 				t.Errorf("%s (%s), to be stopped by %s: %s: %s", a.name, a.tries, a.stops, v[0], v[1])
 			}
 		}
+		r := w.Run("--cap-add", "ALL", "-e", neighbours, hostile, "/attack", "neighbour-agents").Run()
+		r.Want(t, 0)
+		if v := verdicts(t, r.Stdout)["neighbour-agents"]; v[0] != "blocked" {
+			t.Errorf("neighbours' agents, with all capabilities: %s", v[1])
+		}
 		attackInit(t, w)
-		workdirs(t, w)
+		sealed(t, w)
 	})
 }
 
-// attackInit: PID 1 survives what the workload sends it, and being alone.
-func attackInit(t *testing.T, w harness.Wall) {
+// socketsOf are the sockets that the daemon has for a sandbox.
+func socketsOf(t *testing.T, d *harness.Daemon, id string) (sockets []string) {
 	t.Helper()
-	id := w.Start(t, harness.Busybox, "sleep", "600")
-	w.Exec(id, "sh", "-c", "for s in $(seq 1 64); do kill -$s 1; done 2>/dev/null; true").Run().Want(t, 0)
-	w.Exec(id, "echo", "alive").Run().WantOut(t, "alive\n")
+	harness.Must(t, filepath.WalkDir(d.RunDir, func(path string, e os.DirEntry, err error) error {
+		if err == nil && e.Type() == os.ModeSocket && strings.Contains(path, id) {
+			sockets = append(sockets, path)
+		}
+		return err
+	}))
+	if len(sockets) == 0 {
+		t.Fatalf("no socket of %s below %s", id, d.RunDir)
+	}
+	return sockets
 }
 
-// workdirs: CVE-2024-21626, by every way to name what the runtime may have open.
-func workdirs(t *testing.T, w harness.Wall) {
+// attackInit: PID 1 survives what the workload sends it, and goes on.
+func attackInit(t *testing.T, w harness.Wall) {
 	t.Helper()
-	for _, dir := range []string{"/evil-cwd", "/proc/self/cwd", "/proc/self/fd/3", "/proc/self/fd/5", "/proc/self/fd/7"} {
-		r := w.Run("-w", dir, hostile, "/attack", "workdir").Run()
-		if r.Code == 0 && strings.Contains(r.Stdout, "succeeded") {
-			t.Errorf("working directory %s: exit code %d, %q, %q", dir, r.Code, r.Stdout, r.Stderr)
+	id := w.Start(t, hostile, "/attack", "sleep")
+	w.Exec(id, "/attack", "signal-init").Run().Want(t, 0)
+	w.Exec(id, "/attack", "euid").Run().WantOut(t, "0\n")
+	if v := w.Inspect(t, id); v.Status.State != "WORKLOAD_STATE_RUNNING" {
+		t.Errorf("after signals to PID 1 it is %s: %s", v.Status.State, v.Status.Message)
+	}
+	workdirs(t, w, id)
+}
+
+// workdirNames are the image's links and the names in /proc to what whoever enters a working directory has open (CVE-2024-21626).
+func workdirNames() []string {
+	names := []string{"/evil-cwd", "/evil-fd", "/proc/self/cwd", "/proc/thread-self/cwd", "/evil-cwd/../proc/self/cwd"}
+	for fd := 3; fd < 12; fd++ {
+		names = append(names, fmt.Sprint("/proc/self/fd/", fd))
+	}
+	return names
+}
+
+// workdirs: none of them leads anywhere outside, neither for the workload's own process nor for another.
+func workdirs(t *testing.T, w harness.Wall, id string) {
+	t.Helper()
+	refused := func(what string, r harness.Result) {
+		if r.Code == 0 {
+			if v := verdicts(t, r.Stdout)["workdir"]; v[0] != "blocked" {
+				t.Errorf("%s: %q", what, r.Stdout)
+			}
+			return // it was a directory inside
 		}
+		if r.Code != 125 || !strings.Contains(r.Stderr, "working directory") {
+			t.Errorf("%s: exit code %d, %q", what, r.Code, r.Stderr)
+		}
+	}
+	for _, dir := range workdirNames() {
+		refused("exec in "+dir, w.Command("exec", "-w", dir, id, "/attack", "workdir").Run())
+	}
+	for _, dir := range []string{"/evil-cwd", "/evil-fd", "/proc/self/cwd"} {
+		refused("a workload in "+dir, w.Run("-w", dir, hostile, "/attack", "workdir").Run())
 		if w.Isolation == "vm" {
-			break // one start is enough: it is the same stage
+			break // one start is enough: it is the same code
+		}
+	}
+	for _, dir := range []string{"/evil-cwd", "/proc/self/cwd"} { // outside, beyond doubt
+		if r := w.Command("exec", "-w", dir, id, "/attack", "workdir").Run(); r.Code != 125 || !strings.Contains(r.Stderr, "outside the root") {
+			t.Errorf("exec in %s: exit code %d, %q", dir, r.Code, r.Stderr)
+		}
+	}
+}
+
+// What keeps a sandbox from a neighbour's agent, left out: a container that was not moved into its root connects, where the daemon's
+// directories let it, and so does root on the host to the agent in either wall.
+func TestNeighboursAgents(t *testing.T) {
+	payload := buildPayload(t)
+	d := weakDaemon(t, buildWeak(t), "")
+	importHostile(t, d, hostileImage(t, payload))
+	for _, iso := range harness.Isolations {
+		t.Run(iso, func(t *testing.T) {
+			sockets := socketsOf(t, d, d.Wall(iso).Start(t, hostile, "/attack", "sleep"))
+			neighbours := "ATTACK_NEIGHBOURS=" + strings.Join(sockets, " ")
+			if iso == "container" {
+				_, program := hostFile(t, payload)
+				run := func() [2]string {
+					r := d.Wall(iso).Run("-w", "/", "-e", weakenVariable+"=enter the root", "-e", neighbours, hostile, program, "neighbour-agents").Run()
+					r.Want(t, 0)
+					return verdicts(t, r.Stdout)["neighbour-agents"]
+				}
+				if v := run(); v[0] != "blocked" || !strings.Contains(v[1], "EACCES") {
+					t.Errorf("outside of its root, by the modes of directories: %s: %s", v[0], v[1])
+				}
+				openTo(t, d.RunDir, sockets)
+				if v := run(); v[0] != "succeeded" {
+					t.Errorf("outside of its root, with open directories: %s: %s", v[0], v[1])
+				}
+			}
+			out, err := harness.Output(commandWith(payload, []string{neighbours}, "neighbour-agents"))
+			harness.Must(t, err)
+			if v := verdicts(t, string(out))["neighbour-agents"]; v[0] != "succeeded" {
+				t.Errorf("on the host: %s: %s", v[0], v[1])
+			}
+		})
+	}
+}
+
+// openTo lets everybody reach sockets below dir.
+func openTo(t *testing.T, dir string, sockets []string) {
+	t.Helper()
+	for _, path := range sockets {
+		harness.Must(t, os.Chmod(path, 0o666))
+		for path != dir {
+			path = filepath.Dir(path)
+			harness.Must(t, os.Chmod(path, 0o755))
 		}
 	}
 }

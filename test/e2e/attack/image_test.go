@@ -80,7 +80,7 @@ func hostileImage(t *testing.T, payload string) string {
 	file("attack-caps", 0o755, program, map[string]string{"SCHILY.xattr.security.capability": string(fileCaps)})
 	file("etc/passwd", 0o644, []byte("root:x:0:0::/:/attack\napp:x:1000:1000::/:/attack\n"), nil)
 	for name, target := range map[string]string{
-		"evil-exe": "/proc/self/exe", "evil-cwd": "/proc/self/cwd", "link-proc": "/proc", "link-root": "/",
+		"evil-exe": "/proc/self/exe", "evil-cwd": "/proc/self/cwd", "evil-fd": "/proc/self/fd/7", "link-proc": "/proc", "link-root": "/",
 		"dev/null": "/proc/sys/kernel/core_pattern", "dev/console": "/proc/sys/kernel/core_pattern", "dev/tty": "/proc/sysrq-trigger",
 	} {
 		other(tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777})

@@ -88,7 +88,52 @@ func TestNegativeControls(t *testing.T) {
 				t.Errorf("a working directory outside, unchecked: exit code %d, %q, %q", r.Code, r.Stdout, r.Stderr)
 			}
 			links(t, w)
+			initControls(t, w)
 		})
+	}
+}
+
+// initControls: what keeps PID 1 alive, and closed to who might trace it, each left out alone. The daemon's program is not sealed.
+func initControls(t *testing.T, w harness.Wall) {
+	t.Helper()
+	id := w.Start(t, "-e", weakenVariable+"=take signals,check the working directory", hostile, "/attack", "sleep")
+	for _, dir := range []string{"/evil-cwd", "/proc/self/cwd"} {
+		if r := w.Command("exec", "-w", dir, id, "/attack", "workdir").Run(); !strings.Contains(r.Stdout, "succeeded") {
+			t.Errorf("exec in %s, unchecked: exit code %d, %q, %q", dir, r.Code, r.Stdout, r.Stderr)
+		}
+	}
+	w.Exec(id, "/attack", "signal-init").Run()
+	harness.Eventually(t, harness.LogTimeout, "PID 1 that takes no signals ends by one", func() (bool, string) {
+		v := w.Inspect(t, id)
+		return v.Status.State == "WORKLOAD_STATE_FAILED", v.Status.State
+	})
+
+	closed := func(what string, want []string, flags ...string) {
+		t.Helper()
+		wantFired(t, what, w.Run(append(flags, hostile, "/attack", "agent-open", "trace-init")...).Run(), want...)
+	}
+	// What PID 1 has open, root may list, where nothing but undumpable is against that.
+	listed, open := []string{"agent-open"}, []string{"agent-open", "trace-init"}
+	if w.Isolation == "container" {
+		// As many capabilities as the agent has left, so that these do not stop it.
+		same := []string{"--cap-add", "DAC_READ_SEARCH"}
+		closed("an agent that is not sealed", listed, same...)
+		closed("one that is dumpable too", open, append(same, "-e", weakenVariable+"=be undumpable")...)
+		closed("one that is not sealed, to who may trace", open, "--cap-add", "SYS_PTRACE")
+		return
+	}
+	same := []string{"--cap-add", "ALL", "--cap-drop", "SYS_PTRACE", "-e"}
+	closed("an agent that may not trace either", listed, append(same, weakenVariable+"=hold the right to trace")...)
+	closed("one that is dumpable too", open, append(same, weakenVariable+"=hold the right to trace,be undumpable")...)
+}
+
+// sealed: with its program sealed, and so unreadable, an agent is closed also to who may trace, or is as much as it.
+func sealed(t *testing.T, w harness.Wall) {
+	t.Helper()
+	if w.Isolation == "container" {
+		for _, flags := range [][]string{{"--cap-add", "SYS_PTRACE"}, {"--cap-add", "DAC_READ_SEARCH"}} {
+			wantFired(t, "a sealed agent, "+flags[1], w.Run(append(flags, hostile, "/attack", "agent-open", "trace-init")...).Run())
+		}
 	}
 }
 

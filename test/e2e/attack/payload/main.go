@@ -44,6 +44,7 @@ var attacks = map[string]func() []try{
 	"abstract-socket":    abstractSocket,
 	"neighbour-socket":   neighbourSocket,
 	"vsock":              vsock,
+	"neighbour-agents":   neighbourAgents,
 	"fake-proc":          fakeProc,
 	"fake-dev":           fakeDev,
 	"tmpfs-through-link": tmpfsThroughLink,
@@ -91,6 +92,9 @@ func main() {
 			}
 			os.Exit(1)
 		case "true":
+			return
+		case "signal-init":
+			signalInit()
 			return
 		case "swap":
 			fmt.Fprintln(os.Stderr, swap())

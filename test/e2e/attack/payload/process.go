@@ -103,6 +103,19 @@ func traceInit() []try {
 	return append(tries, syscall("ptrace", unix.SYS_PTRACE, unix.PTRACE_SEIZE, 1, 0, 0))
 }
 
+// signalInit sends PID 1 every signal there is, in each way to send one; what comes of it is seen outside.
+func signalInit() {
+	const signals = 64
+	for sig := unix.Signal(1); sig <= signals; sig++ {
+		_ = unix.Kill(1, sig)
+		_ = unix.Tgkill(1, 1, sig)
+		if pidfd, err := unix.PidfdOpen(1, 0); err == nil {
+			_ = unix.PidfdSendSignal(pidfd, sig, nil, 0)
+			unix.Close(pidfd)
+		}
+	}
+}
+
 // setUserID and fileCapabilities run as another user than root.
 func setUserID() []try {
 	return []try{becomes("/attack-setuid", "euid", func(said string) bool { return said == "0" })}
@@ -130,6 +143,40 @@ func neighbourSocket() []try {
 		tries = append(tries, dial(prefix+os.Getenv("ATTACK_SOCKET")))
 	}
 	return tries
+}
+
+// neighbourAgents gets the names of the sockets of other sandboxes' agents, and of the host's abstract ones, from the test.
+func neighbourAgents() []try {
+	tries := []try{{"find a neighbour's socket", errNothing}}
+	for name := range strings.FieldsSeq(os.Getenv("ATTACK_NEIGHBOURS")) {
+		tries = append(tries, dial(name))
+		if !strings.HasPrefix(name, "@") {
+			tries = append(tries, dial("/proc/1/root"+name), dial("/proc/self/root"+name), dial("/proc/self/cwd/../../../.."+name))
+		}
+	}
+	ports, err := filepath.Glob("/dev/vport*")
+	if more, _ := filepath.Glob("/dev/virtio-ports/*"); err == nil {
+		ports = append(ports, more...)
+	}
+	for _, port := range ports {
+		tries = append(tries, opened(port, unix.O_RDWR))
+	}
+	// The vsock address of a host, of a first guest and of oneself, at the port that agents use.
+	for _, cid := range []uint32{unix.VMADDR_CID_LOCAL, unix.VMADDR_CID_HOST, 3} {
+		tries = append(tries, dialVsock(cid))
+	}
+	return tries
+}
+
+func dialVsock(cid uint32) try {
+	const agentPort = 1023
+	what := fmt.Sprintf("connect to vsock %d", cid)
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return try{what, err}
+	}
+	defer unix.Close(fd)
+	return try{what, unix.Connect(fd, &unix.SockaddrVM{CID: cid, Port: agentPort})}
 }
 
 func dial(name string) try {
