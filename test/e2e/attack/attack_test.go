@@ -68,7 +68,7 @@ var attacks = []struct {
 		container: noNewPrivs + "," + filter, vm: noNewPrivs + "," + filter, user: "app"},
 	{name: "file-capabilities", tries: "to get capabilities by a file that has them", stops: "no_new_privs",
 		container: noNewPrivs + "," + filter, vm: noNewPrivs + "," + filter, user: "app"},
-	{name: "fake-proc", cve: "CVE-2025-52881", tries: "a file system of its own at /proc", stops: "targets below /proc are refused, links to it when mounted (TestLinksInTheWayOfMounts)"},
+	{name: "fake-proc", cve: "CVE-2025-52881", tries: "a file system of its own at /proc", stops: "targets below /proc are refused, links to it when mounted (TestLinksInTheWayOfMounts; control: links in TestNegativeControls)"},
 	{name: "fake-dev", cve: "CVE-2025-52565", tries: "links at /dev/null, /dev/console and /dev/tty that lead into /proc", stops: "/dev is a tmpfs; without it the start fails at the image's /dev/null (TestLinksInTheWayOfMounts)"},
 	{name: "tmpfs-through-link", cve: "CVE-2021-30465", tries: "to lead a mount out of the root by a link", stops: "openat2 with RESOLVE_IN_ROOT, and mounts attached by descriptor; without it a container does not even start (links)",
 		vm: "resolve inside the root", flags: []string{"--tmpfs", "/link-root/tmp"}},
@@ -132,7 +132,7 @@ func TestAttacks(t *testing.T) {
 		for _, iso := range harness.Isolations {
 			neighbours += " " + strings.Join(socketsOf(t, w.Daemon, w.Daemon.Wall(iso).Start(t, hostile, "/attack", "sleep")), " ")
 		}
-		flags := append(environment(w.Daemon, abstract), "-e", neighbours, "-e", "ATTACK_WATCH_MS=1000", "--tmpfs", "/link-root/tmp")
+		flags := append(environment(w.Daemon, abstract), "-e", neighbours, "--tmpfs", "/link-root/tmp")
 		out := ""
 		for _, user := range []string{"", "app"} {
 			args := flags
@@ -159,6 +159,9 @@ func TestAttacks(t *testing.T) {
 		}
 		attackInit(t, w)
 		sealed(t, w)
+		if v := evilExe(t, w); v[0] != "blocked" || !strings.Contains(v[1], "on its way in") {
+			t.Errorf("the program of a process on its way in: %s: %s", v[0], v[1])
+		}
 	})
 }
 
@@ -187,6 +190,28 @@ func attackInit(t *testing.T, w harness.Wall) {
 		t.Errorf("after signals to PID 1 it is %s: %s", v.Status.State, v.Status.Message)
 	}
 	workdirs(t, w, id)
+}
+
+// evilExe has the runtime execute, by a link of the image, what it is itself, while a process inside reaches for the program of
+// whatever starts (CVE-2019-5736), and answers with how that went.
+func evilExe(t *testing.T, w harness.Wall) [2]string {
+	t.Helper()
+	id := w.Start(t, hostile, "/attack", "sleep")
+	args := []string{"exec", "-e", "ATTACK_WATCH_MS=1500"}
+	if w.Isolation == "vm" {
+		args = append(args, "-e", "ATTACK_READABLE=1")
+	}
+	watched := make(chan harness.Result, 1)
+	go func() { watched <- w.Command(append(args, id, "/attack", "runtime-program")...).Run() }()
+	for {
+		select {
+		case r := <-watched:
+			r.Want(t, 0)
+			return verdicts(t, r.Stdout)["runtime-program"]
+		default:
+			w.Exec(id, "/evil-exe").Run()
+		}
+	}
 }
 
 // workdirNames are the image's links and the names in /proc to what whoever enters a working directory has open (CVE-2024-21626).
