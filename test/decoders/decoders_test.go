@@ -109,6 +109,7 @@ var decoders = map[string]string{
 	"pkg/vhostvsock.rights":                 "FuzzReader",
 	"pkg/workload.Manager.effective":        "the daemon's own file",
 	"pkg/workload.journal.next":             "the daemon's own file",
+	"pkg/workload.journal.further":          "the daemon's own file",
 	"pkg/workload.openLogSegment":           "the daemon's own file",
 	"pkg/workload.openStore":                "the daemon's own file",
 	"pkg/workload.parseLogHeader":           "the daemon's own file",
