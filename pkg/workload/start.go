@@ -123,9 +123,10 @@ func (e *entry) start(ctx context.Context) error {
 }
 
 // openOutput opens the output's log, and says from where on in it this run's output lies. The first run's is made while the walls go
-// up: next to a sync a file system takes its time. opened waits for it, and may be called again.
+// up, unless a console is to lie beside it: next to a sync a file system takes its time. opened waits for it, and may be called
+// again.
 func (e *entry) openOutput(first bool) (from uint64, opened func() error, err error) {
-	if !first {
+	if _, keeps := e.runtime().(runtime.ConsoleKeeper); keeps || !first {
 		log, err := e.output()
 		if err != nil {
 			return 0, nil, err
