@@ -28,7 +28,7 @@ func TestCommittedIsBounded(t *testing.T) {
 			m.cfg.Admission = a
 			ids := make([]string, 8)
 			for i := range ids {
-				ids[i] = h.create(m, "sleep 1000")
+				ids[i] = h.create(m, "exec sleep 1000")
 			}
 			started := make(chan string, len(ids))
 			var starts sync.WaitGroup
