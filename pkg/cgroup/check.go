@@ -90,8 +90,8 @@ func (v1) check(l Limits) error {
 		return unsatisfiable("this host has cgroup v1, which has no memory.high: leave memory_high_bytes out, or boot it with systemd.unified_cgroup_hierarchy=1")
 	case l.OOMGroup:
 		return unsatisfiable("this host has cgroup v1, which kills one process, not the group, when memory runs out: leave oom_group out, or boot it with systemd.unified_cgroup_hierarchy=1")
-	case l.IO.WriteBPS > 0 || l.IO.WriteIOPS > 0:
-		return unsatisfiable("this host has cgroup v1, which does not know whose writes it puts off: leave io_write_* out, or boot it with systemd.unified_cgroup_hierarchy=1")
+	case !l.IO.Direct && (l.IO.WriteBPS > 0 || l.IO.WriteIOPS > 0):
+		return unsatisfiable("this host has cgroup v1, which does not know whose writes it puts off: leave io_write_* out, ask for vm isolation, or boot the host with systemd.unified_cgroup_hierarchy=1")
 	case l.SwapBytes > 0 && !exists(filepath.Join(root, "memory/memory.memsw.limit_in_bytes")):
 		return unsatisfiable("this host's kernel does not count swap: leave swap_bytes out, or boot it with swapaccount=1")
 	case l.CPUSet != "" && !exists(filepath.Join(root, "cpuset/cpuset.cpus")):

@@ -138,7 +138,10 @@ func throttles(l IO, r *specs.LinuxResources) error {
 		t.Major, t.Minor = int64(d.major), int64(d.minor)
 		return []specs.LinuxThrottleDevice{t}
 	}
-	r.BlockIO = &specs.LinuxBlockIO{ThrottleReadBpsDevice: throttle(l.ReadBPS), ThrottleReadIOPSDevice: throttle(uint64(l.ReadIOPS))}
+	r.BlockIO = &specs.LinuxBlockIO{
+		ThrottleReadBpsDevice: throttle(l.ReadBPS), ThrottleReadIOPSDevice: throttle(uint64(l.ReadIOPS)),
+		ThrottleWriteBpsDevice: throttle(l.WriteBPS), ThrottleWriteIOPSDevice: throttle(uint64(l.WriteIOPS)),
+	}
 	return nil
 }
 

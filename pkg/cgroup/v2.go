@@ -48,11 +48,13 @@ type v2 struct{}
 
 func (v v2) create(path string, l Limits) error {
 	r := v2Resources(l)
-	r.Devices = deviceRules(l.Devices)
 	if hasController("io") {
 		r.IO = &cgroup2.IO{} // it counts, too
 	}
 	if _, err := cgroup2.NewManager(root, path, r); err != nil {
+		return err
+	}
+	if err := attachDevices(path, deviceRules(l.Devices)); err != nil {
 		return err
 	}
 	return v.rest(path, l, false)

@@ -106,6 +106,9 @@ type Resources struct {
 	LogBytes uint64 `json:"logBytes,omitempty"`
 }
 
+// LimitsWrites reports whether what is written to disk is limited: that has to reach the disk as the sandbox's own then.
+func (r Resources) LimitsWrites() bool { return r.IOWriteBPS > 0 || r.IOWriteIOPS > 0 }
+
 // MountType is what a Mount shows in the sandbox.
 type MountType string
 

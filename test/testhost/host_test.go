@@ -56,7 +56,7 @@ func TestHost(t *testing.T) {
 		h.tests(t, "./pkg/cgroup", "TestProcessIsInEveryHierarchyFromItsFirstInstruction", "TestMemoryLimitBites",
 			"TestPidsLimitBites", "TestDeleteKillsForkersAndIsIdempotent", "TestDaemonIsNeverAProcessOfTheGroup",
 			"TestV2OnlyLimits", "TestFreeze", "TestOOMIsCounted", "TestLimitsChangeWhileRunning",
-			"TestLessMemoryThanUsedIsRefused", "TestUnenforceableIsRefused", "TestUsageOfAKnownLoad")
+			"TestLessMemoryThanUsedIsRefused", "TestUnenforceableIsRefused", "TestIOLimitBitesAndIsCounted", "TestUsageOfAKnownLoad")
 	})
 	t.Run("containers on Linux 6.1", func(t *testing.T) {
 		h.tests(t, "./pkg/runtime/container", "TestSandboxStandsAndLeavesNothing", "TestReleaseKeepsTheLayerWithUnshiftedIDs",

@@ -26,7 +26,7 @@ import (
 // runtime waits for it.
 type instance struct {
 	r  *Runtime
-	mu sync.Mutex // guards rec.PidsLimit; the rest of rec is fixed
+	mu sync.Mutex // guards rec.PidsLimit and rec.Direct; the rest of rec is fixed
 
 	rec   record
 	group *cgroup.Group

@@ -75,6 +75,8 @@ type layer struct {
 	timer *time.Timer
 	// It has a place in leaving.
 	left bool
+	// What is written to it goes past the host's page cache. Guarded by layers.mu.
+	direct bool
 }
 
 func newLayers(r *Runtime) *layers {
@@ -170,6 +172,21 @@ func (ls *layers) rename(from, to string) {
 	}
 }
 
+// setDirect has what a sandbox writes to its layer go past the host's page cache, or again through it.
+func (ls *layers) setDirect(id string, direct bool) error {
+	ls.mu.Lock()
+	l := ls.mounted[id]
+	same := l != nil && l.direct == direct
+	if l != nil {
+		l.direct = direct
+	}
+	ls.mu.Unlock()
+	if same {
+		return nil
+	}
+	return disk.SetLayerDirect(disk.LayerPath(ls.r.config.StateDir, id), direct)
+}
+
 // ended is called when a sandbox's last process has gone, perhaps again. Of a layer that another daemon mounted nothing is
 // known but its path: that one is waited for.
 func (ls *layers) ended(ctx context.Context, id string) error {
@@ -251,7 +268,7 @@ func (ls *layers) unmount(l *layer) {
 func (ls *layers) remove(id string) error {
 	ls.mu.Lock()
 	l := ls.takeLocked(id)
-	keep := l != nil && l.left && !ls.closed && len(ls.spares) < maxSpares
+	keep := l != nil && l.left && !l.direct && !ls.closed && len(ls.spares) < maxSpares
 	if keep {
 		keep = ls.withdrawLocked(l)
 	}

@@ -97,6 +97,14 @@ func TestSpareLayersAreFew(t *testing.T) {
 		}
 	}
 	mustStart(t, r, h.sandbox(1))
+	if err := r.layers.setDirect(h.sandbox(1).ID, true); err != nil {
+		t.Fatal(err)
+	}
+	mustRemove(t, r, h.sandbox(1).ID)
+	if left := spares(t, r); len(left) != 0 {
+		t.Error("a layer that is written to directly is spare")
+	}
+	mustStart(t, r, h.sandbox(1))
 	mustRemove(t, r, h.sandbox(1).ID)
 	if left := spares(t, r); len(left) != 1 {
 		t.Fatalf("%d layers are spare", len(left))

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -30,7 +31,12 @@ func (r *Runtime) limits(res spec.Resources) cgroup.Limits {
 }
 
 // CheckLimits implements runtime.LimitChecker.
-func (r *Runtime) CheckLimits(res spec.Resources) error { return cgroup.Check(r.limits(res)) }
+func (r *Runtime) CheckLimits(res spec.Resources) error {
+	if err := cgroup.Check(r.limits(res)); err != nil || !res.LimitsWrites() {
+		return err
+	}
+	return disk.CheckDirect(r.config.StateDir)
+}
 
 // CheckUpdate implements runtime.Updater.
 func (i *instance) CheckUpdate(now, to spec.Resources) error {
@@ -42,16 +48,28 @@ func (i *instance) CheckUpdate(now, to spec.Resources) error {
 
 // Update implements runtime.Updater.
 func (i *instance) Update(_ context.Context, to spec.Resources) error {
+	i.mu.Lock()
+	rec := i.rec
+	i.mu.Unlock()
+	if direct := to.LimitsWrites(); direct != rec.Direct {
+		if err := i.r.layers.setDirect(rec.ID, direct); err != nil {
+			return err
+		}
+		i.mu.Lock()
+		i.rec.Direct = direct
+		i.mu.Unlock()
+	}
 	if err := i.group.Update(i.r.limits(to)); err != nil {
 		return err
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.rec.PidsLimit == to.Pids {
+	was := rec
+	rec = i.rec
+	rec.PidsLimit = to.Pids
+	if rec == was {
 		return nil
 	}
-	rec := i.rec
-	rec.PidsLimit = to.Pids
 	if err := writeRecord(i.r.dir(rec.ID), rec); err != nil {
 		return fmt.Errorf("cannot record the limits of sandbox %s: %w", rec.ID, err)
 	}

@@ -436,7 +436,10 @@ func (st *start) become(s spec.Sandbox, img *os.File) error {
 	st.fresh = true
 	st.r.layers.rename(st.madeAs, s.ID)
 	st.r.hide(st.madeAs, false)
-	st.rec.ID, st.rec.DiskBytes, st.rec.PidsLimit = s.ID, s.Resources.DiskBytes, s.Resources.Pids
+	st.rec.ID, st.rec.DiskBytes, st.rec.PidsLimit, st.rec.Direct = s.ID, s.Resources.DiskBytes, s.Resources.Pids, s.Resources.LimitsWrites()
+	if err := st.r.layers.setDirect(s.ID, st.rec.Direct); err != nil {
+		return err
+	}
 	return st.group.Update(st.r.limits(s.Resources))
 }
 

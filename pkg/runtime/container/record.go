@@ -37,6 +37,8 @@ type record struct {
 	MadeAs    string `json:"madeAs"`
 	DiskBytes uint64 `json:"diskBytes"`
 	PidsLimit uint32 `json:"pidsLimit"`
+	// The layer's loop device writes past the host's page cache: see disk.SetLoopDirect.
+	Direct bool `json:"direct,omitempty"`
 	// Empty where the host has no AppArmor.
 	AppArmor string `json:"appArmor,omitempty"`
 	// The agent's answer was seen. Below it: the agent's process, as /proc identifies it.

@@ -241,7 +241,7 @@ func (st *start) close() {
 func (st *start) writeRecord(context.Context) error {
 	st.rec = record{
 		ID: st.s.ID, CgroupParent: st.r.config.CgroupParent, MadeAs: st.madeAs,
-		DiskBytes: st.s.Resources.DiskBytes, PidsLimit: st.s.Resources.Pids,
+		DiskBytes: st.s.Resources.DiskBytes, PidsLimit: st.s.Resources.Pids, Direct: st.s.Resources.LimitsWrites(),
 	}
 	return writeRecord(st.r.dir(st.s.ID), st.rec)
 }
@@ -346,6 +346,9 @@ func (st *start) attachLayer(ctx context.Context) error {
 		}
 	}
 	st.held.layer = l
+	if err := st.r.layers.setDirect(st.s.ID, st.s.Resources.LimitsWrites()); err != nil {
+		return err
+	}
 	if st.layer, err = l.again(); err != nil {
 		return fmt.Errorf("cannot mount the writable layer: %w", err)
 	}

@@ -40,6 +40,8 @@ type vmArgs struct {
 	// The disks; both zero where there are none.
 	Image int
 	Disk  int
+	// What is written to the disk goes past the host's page cache: see disk.SetLoopDirect.
+	DirectDisk bool
 	// The network card's tap; zero without a network.
 	Tap int
 	// Have the guest's kernel say everything, which costs the boot about 150 ms: else it says what goes wrong.
@@ -213,7 +215,7 @@ func (a vmArgs) disks() []arg {
 	} else {
 		rows = append(rows, []arg{
 			{"-add-fd", fmt.Sprintf("set=2,fd=%d", a.Disk), ""},
-			{"-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,locking=on,discard=unmap", "locked: two VMs that write one disk destroy it; what the guest deletes, the host gets back"},
+			{"-blockdev", diskFileArg(a.DirectDisk), "locked: two VMs that write one disk destroy it; what the guest deletes, the host gets back"},
 			{"-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap", ""},
 		}...)
 	}

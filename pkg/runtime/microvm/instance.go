@@ -29,7 +29,7 @@ const endGrace = time.Second
 //	   └── abandon: the daemon leaves, the VM runs on
 type instance struct {
 	r         *Runtime
-	rec       record
+	rec       record // as it began: see directDisk
 	dir       string
 	group     *cgroup.Group
 	transport transport
@@ -52,6 +52,8 @@ type instance struct {
 	mu sync.Mutex
 	// The connection by which the guest was seen to be up; the first Dial gets it. Guarded by mu.
 	first net.Conn
+	// How it writes to its disk now; rec says how it began. Guarded by mu.
+	directDisk bool
 }
 
 // member is one of a VM's processes.
@@ -79,6 +81,7 @@ var (
 // watch starts following i's processes. Close waits for it.
 func (r *Runtime) watch(i *instance) {
 	i.done = make(chan struct{})
+	i.directDisk = i.rec.DirectDisk
 	r.mu.Lock()
 	r.instances[i.rec.ID] = i
 	r.mu.Unlock()

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/runtime"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
@@ -25,6 +26,7 @@ func (r *Runtime) limits(res spec.Resources, accel string, shared uint64) cgroup
 		IO: cgroup.IO{
 			Disk:    r.cfg.StateDir,
 			ReadBPS: res.IOReadBPS, WriteBPS: res.IOWriteBPS, ReadIOPS: res.IOReadIOPS, WriteIOPS: res.IOWriteIOPS,
+			Direct: true,
 		},
 		Devices: vmmDevices,
 	}
@@ -36,7 +38,10 @@ func (r *Runtime) limits(res spec.Resources, accel string, shared uint64) cgroup
 
 // CheckLimits implements runtime.LimitChecker. How much the VMM needs on top does not matter to what a host can enforce.
 func (r *Runtime) CheckLimits(res spec.Resources) error {
-	return cgroup.Check(r.limits(res, accelKVM, 0))
+	if err := cgroup.Check(r.limits(res, accelKVM, 0)); err != nil || !res.LimitsWrites() {
+		return err
+	}
+	return disk.CheckDirect(r.cfg.StateDir)
 }
 
 // vcpus is how many processors a guest has: whole ones, for a share of the last one is the cgroup's to enforce.
@@ -66,7 +71,10 @@ func (i *instance) CheckUpdate(now, to spec.Resources) error {
 }
 
 // Update implements runtime.Updater.
-func (i *instance) Update(_ context.Context, to spec.Resources) error {
+func (i *instance) Update(ctx context.Context, to spec.Resources) error {
+	if err := i.setDirectDisk(ctx, to.LimitsWrites()); err != nil {
+		return err
+	}
 	return i.group.Update(i.r.limits(to, i.rec.Accelerator, i.rec.SharedBytes))
 }
 

@@ -42,6 +42,8 @@ type record struct {
 	StartedFrom string `json:"startedFrom,omitempty"`
 	// Why not from a template, where there was one.
 	StartNote string `json:"startNote,omitempty"`
+	// What is written to its disk goes past the host's page cache.
+	DirectDisk bool `json:"directDisk,omitempty"`
 	// Of a clone: what its cgroup may be charged of its template's memory.
 	SharedBytes uint64 `json:"sharedBytes,omitempty"`
 }

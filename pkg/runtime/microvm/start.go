@@ -187,6 +187,7 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 		ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(),
 		Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath,
 		StartedFrom: b.startedFrom(), StartNote: b.note, SharedBytes: b.clone.sharedBytes(),
+		DirectDisk: b.sandbox.Resources.LimitsWrites(),
 	}
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err
@@ -437,6 +438,7 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	if b.hasDisks() {
 		a.Image = add(b.keep(openImage(b.sandbox.ImagePath)))
 		if a.BlankDisk = b.making != nil; !a.BlankDisk {
+			a.DirectDisk = b.rec.DirectDisk
 			a.Disk = add(b.keep(os.OpenFile(b.layer, os.O_RDWR|unix.O_NOFOLLOW, 0)))
 		}
 	}

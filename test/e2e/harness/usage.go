@@ -2,14 +2,17 @@ package harness
 
 import (
 	"encoding/json"
+	"os"
 	"strconv"
 	"testing"
+	"time"
 )
 
 // Usage is what `stats --format json` says of one workload.
 type Usage struct {
 	ID               string
 	CPUTime          string `json:"cpuTime"`
+	CPUThrottled     string `json:"cpuThrottledTime"`
 	MemoryBytes      string
 	MemoryLimit      string `json:"memoryLimitBytes"`
 	MemoryWorkingSet string `json:"memoryWorkingSetBytes"`
@@ -28,6 +31,28 @@ type Usage struct {
 // Pressure is how long something waited.
 type Pressure struct {
 	SomeTotal string `json:"someTotal"`
+}
+
+// HasPSI reports whether this host's kernel measures pressure.
+func HasPSI() bool {
+	_, err := os.Stat("/proc/pressure/cpu")
+	return err == nil
+}
+
+// Some is how long something waited, all told. Without PSI there must be no pressure, and Some is false.
+func (p *Pressure) Some(t *testing.T) (waited time.Duration, ok bool) {
+	t.Helper()
+	if has := HasPSI(); has != (p != nil) {
+		t.Fatalf("the host's PSI: %t; stats: %+v", has, p)
+	}
+	if p == nil {
+		return 0, false
+	}
+	waited, err := time.ParseDuration(p.SomeTotal)
+	if err != nil && p.SomeTotal != "" {
+		t.Fatalf("a pressure's total is %q", p.SomeTotal)
+	}
+	return waited, true
 }
 
 // Number is one of a message's, which JSON has as a string, and leaves out at zero.
