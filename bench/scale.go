@@ -107,7 +107,7 @@ func benchRates(ctx context.Context, b *bench) ([]row, error) {
 			return nil, err
 		}
 		rows = append(rows, newRow("containers per second, whole lives", fmt.Sprintf("%d callers", callers), "/s",
-			fmt.Sprintf("create, start, wait, delete; %d lives", livesPerRate), []float64{livesPerRate / time.Since(begin).Seconds()}))
+			fmt.Sprintf("RunWorkload to its removal; %d lives", livesPerRate), []float64{livesPerRate / time.Since(begin).Seconds()}))
 	}
 	begin := time.Now()
 	ids := make([]string, createsAtOnce)

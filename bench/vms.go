@@ -32,7 +32,7 @@ func benchVMs(ctx context.Context, b *bench) ([]row, error) {
 		return nil, err
 	}
 	rows, err := measure(ctx, "VM: create to exit, /bin/true", b.vmRuns, []subject{{
-		name: "sandboxd vm", includes: "gRPC create, start, wait, delete; boot, agent, disks, confinement in the guest, durable record",
+		name: "sandboxd vm", includes: "gRPC RunWorkload to its removal; boot, agent, disks, confinement in the guest, durable record",
 		do: func(ctx context.Context, c string) (int, error) { return d.run(ctx, vm, c) },
 	}})
 	if err != nil {

@@ -177,14 +177,19 @@ func (ls *layers) setDirect(id string, direct bool) error {
 	ls.mu.Lock()
 	l := ls.mounted[id]
 	same := l != nil && l.direct == direct
-	if l != nil {
-		l.direct = direct
-	}
 	ls.mu.Unlock()
 	if same {
 		return nil
 	}
-	return disk.SetLayerDirect(disk.LayerPath(ls.r.config.StateDir, id), direct)
+	if err := disk.SetLayerDirect(disk.LayerPath(ls.r.config.StateDir, id), direct); err != nil {
+		return err
+	}
+	if l != nil {
+		ls.mu.Lock()
+		l.direct = direct
+		ls.mu.Unlock()
+	}
+	return nil
 }
 
 // ended is called when a sandbox's last process has gone, perhaps again. Of a layer that another daemon mounted nothing is
