@@ -26,6 +26,10 @@ const (
 	// lastPortRetry is how seldom the agent looks at a port that nobody has held for long.
 	lastPortRetry = 100 * time.Millisecond
 	portBuffer    = 64 << 10
+	// portLook is how long the agent waits for the kernel to say that the port can be read or written, before it tries by itself.
+	// In clones that word has been seen not to come, and calls stood still until their connection was given up minutes later;
+	// what waits in the port's queue is there all the same. Four looks a second cost nothing that can be measured.
+	portLook = 250 * time.Millisecond
 )
 
 // port is a virtio-serial port that carries the agent's connections: see spec/channel.go. It outlives every daemon, and
@@ -121,7 +125,11 @@ func (p *port) read() {
 	buffer := make([]byte, portBuffer)
 	var held []byte
 	for retry := spec.ChannelRetry; ; {
+		_ = p.file.SetReadDeadline(time.Now().Add(portLook)) // a file that has none waits for the kernel's word
 		n, err := p.file.Read(buffer)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			continue
+		}
 		if n == 0 {
 			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.EINTR) {
 				// Seen for an instant while a host side comes or goes; a port that is gone goes with the guest.
@@ -173,7 +181,7 @@ func partialMark(b, mark []byte) int {
 func (p *port) greet(answer []byte) {
 	p.replace(nil)
 	p.writing.Lock()
-	_, err := p.file.Write(answer)
+	_, err := p.write(answer)
 	p.writing.Unlock()
 	if err != nil {
 		return // the daemon has gone again
@@ -229,7 +237,18 @@ func (s *portSession) Write(b []byte) (int, error) {
 	if !current {
 		return 0, net.ErrClosed
 	}
-	return s.port.file.Write(b)
+	return s.port.write(b)
+}
+
+// write writes all of b. With writing held.
+func (p *port) write(b []byte) (n int, err error) {
+	for {
+		_ = p.file.SetWriteDeadline(time.Now().Add(portLook)) // as for reads
+		more, err := p.file.Write(b[n:])
+		if n += more; !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+	}
 }
 
 // Close implements io.Closer, for the multiplexer. The port stays.
