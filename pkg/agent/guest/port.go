@@ -26,16 +26,15 @@ const (
 	// lastPortRetry is how seldom the agent looks at a port that nobody has held for long.
 	lastPortRetry = 100 * time.Millisecond
 	portBuffer    = 64 << 10
-	// portLook is how long the agent waits for the kernel to say that the port can be read or written, before it tries by itself.
-	// In clones that word has been seen not to come, and calls stood still until their connection was given up minutes later;
-	// what waits in the port's queue is there all the same. Four looks a second cost nothing that can be measured.
-	portLook = 250 * time.Millisecond
 )
 
 // port is a virtio-serial port that carries the agent's connections: see spec/channel.go. It outlives every daemon, and
 // the agent's own copying: what a daemon greets replaces what was before.
 type port struct {
 	file *os.File
+
+	// The last bytes that were handed on, fewer than a mark has: it may have begun in them. Of the goroutine that reads.
+	given []byte
 
 	// Held while bytes are written, so that nothing of an earlier session follows a later one's.
 	writing sync.Mutex
@@ -119,17 +118,12 @@ func (p *port) dial(ctx context.Context) (net.Conn, error) {
 	}
 }
 
-// read hands what comes to the session it is for, looking for greetings in it. A byte is held back for as long as it may
-// be the beginning of one.
+// read hands what comes to the session it is for, looking for greetings in it.
 func (p *port) read() {
 	buffer := make([]byte, portBuffer)
 	var held []byte
 	for retry := spec.ChannelRetry; ; {
-		_ = p.file.SetReadDeadline(time.Now().Add(portLook)) // a file that has none waits for the kernel's word
 		n, err := p.file.Read(buffer)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			continue
-		}
 		if n == 0 {
 			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.EINTR) {
 				// Seen for an instant while a host side comes or goes; a port that is gone goes with the guest.
@@ -146,42 +140,38 @@ func (p *port) read() {
 	}
 }
 
-// take hands on what it can of b and answers with the rest.
+// take hands on b, and answers with what it held back: the beginning of a greeting, from its whole mark on. Nothing else is held
+// back. A few bytes that might be the beginning of a mark are what an ordinary message ends with, too, one in 256, and whoever
+// waits for an answer to it sends no more; given to a session that a greeting then ends, they do no harm.
 func (p *port) take(b []byte) []byte {
 	for {
 		p.mu.Lock()
 		mark, session := p.mark, p.session
 		p.mu.Unlock()
-		at := bytes.Index(b, mark[:])
+		whole := append(bytes.Clone(p.given), b...)
+		at := bytes.Index(whole, mark[:])
 		if at < 0 {
-			keep := partialMark(b, mark[:])
-			session.give(b[:len(b)-keep])
-			return bytes.Clone(b[len(b)-keep:])
+			session.give(b)
+			p.given = whole[max(0, len(whole)-len(mark)+1):]
+			return nil
 		}
-		session.give(b[:at])
-		if b = b[at:]; len(b) < spec.ChannelGreetingLen {
-			return bytes.Clone(b)
+		if at > len(p.given) {
+			session.give(whole[len(p.given):at])
+		}
+		p.given = nil
+		if b = whole[at:]; len(b) < spec.ChannelGreetingLen {
+			return b
 		}
 		p.greet(b[spec.ChannelMarkLen:spec.ChannelGreetingLen])
 		b = b[spec.ChannelGreetingLen:]
 	}
 }
 
-// partialMark is how many bytes at the end of b may be the beginning of a mark.
-func partialMark(b, mark []byte) int {
-	for n := min(len(b), len(mark)-1); n > 0; n-- {
-		if bytes.HasPrefix(mark, b[len(b)-n:]) {
-			return n
-		}
-	}
-	return 0
-}
-
 // greet ends the session there was, answers and begins a new one.
 func (p *port) greet(answer []byte) {
 	p.replace(nil)
 	p.writing.Lock()
-	_, err := p.write(answer)
+	_, err := p.file.Write(answer)
 	p.writing.Unlock()
 	if err != nil {
 		return // the daemon has gone again
@@ -237,18 +227,7 @@ func (s *portSession) Write(b []byte) (int, error) {
 	if !current {
 		return 0, net.ErrClosed
 	}
-	return s.port.write(b)
-}
-
-// write writes all of b. With writing held.
-func (p *port) write(b []byte) (n int, err error) {
-	for {
-		_ = p.file.SetWriteDeadline(time.Now().Add(portLook)) // as for reads
-		more, err := p.file.Write(b[n:])
-		if n += more; !errors.Is(err, os.ErrDeadlineExceeded) {
-			return n, err
-		}
-	}
+	return s.port.file.Write(b)
 }
 
 // Close implements io.Closer, for the multiplexer. The port stays.
