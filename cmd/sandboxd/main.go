@@ -17,8 +17,12 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/osthread"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
+
+// timerSlack is for the daemon what container.agentTimerSlack is for an agent: its own timers are of milliseconds and more.
+const timerSlack = 500_000
 
 func main() {
 	if err := run(os.Args[1:], os.Stdout); err != nil {
@@ -40,6 +44,9 @@ func run(args []string, stdout io.Writer) error {
 	}
 	if c.version {
 		_, err := fmt.Fprintf(stdout, "sandboxd %s (commit %s, %s, agent protocol %d)\n", spec.Version, spec.Commit, goruntime.Version(), spec.ProtocolVersion)
+		return err
+	}
+	if err := osthread.SetTimerSlack(timerSlack); err != nil {
 		return err
 	}
 	if os.Geteuid() != 0 {

@@ -131,7 +131,7 @@ func bootSandbox(t testing.TB) *sandbox {
 	defer log.Close()
 	cmd := exec.Command(fmt.Sprintf("/proc/self/fd/%d", program.Fd()), "container")
 	cmd.Args[0] = "sandbox-agent"
-	cmd.Env = []string{}
+	cmd.Env = []string{"GOMAXPROCS=1"}
 	cmd.Stderr = log
 	cmd.ExtraFiles = []*os.File{theirs}
 	maps := []syscall.SysProcIDMap{{ContainerID: 0, HostID: idBase, Size: idCount}}

@@ -60,7 +60,8 @@ func TestHost(t *testing.T) {
 	})
 	t.Run("containers on Linux 6.1", func(t *testing.T) {
 		h.tests(t, "./pkg/runtime/container", "TestSandboxStandsAndLeavesNothing", "TestReleaseKeepsTheLayerWithUnshiftedIDs",
-			"TestLimitsBite", "TestNextDaemonFindsSandboxes")
+			"TestLimitsBite", "TestNextDaemonFindsSandboxes", "TestSpareLayerIsLikeNew", "TestRootsAreMadeAheadOfTime",
+			"TestAgentThatCannotBecomeOneSaysWhy")
 	})
 	t.Run("daemon with both walls", func(t *testing.T) { testDaemon(t, h) })
 }

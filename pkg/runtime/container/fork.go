@@ -124,11 +124,14 @@ func (a *forkedAgent) started() error {
 	return fmt.Errorf("%s: %w", call.What, errno)
 }
 
-// agentTimerSlack is by how much, in nanoseconds, the kernel may let an agent's timers run late. While a Go program has something to
-// do, one thread of its runtime sleeps for 20 µs at a time, again and again; with the kernel's default of 50 µs it takes the
-// processor from the agent's start every 70 µs, which costs a quarter of it where processors are scarce. Nothing of an agent's
-// needs to be more exact. Its workload has the default again: (*confined).signals in pkg/agent/guest.
+// agentTimerSlack is by how much, in nanoseconds, the kernel may let an agent's timers run late, and the spawner's: see
+// osthread.SetTimerSlack. It costs a quarter of an agent's start where processors are scarce, and nothing of an agent's needs to be
+// more exact. Its workload has the default again: (*confined).signals in pkg/agent/guest.
 const agentTimerSlack = 1_000_000
+
+// agentProcessors has an agent run Go code on one thread at a time. For a second it would set up memory at its start, and wake a
+// thread whenever there are two things to do, of which none is long: it carried output faster without.
+const agentProcessors = "GOMAXPROCS=1"
 
 // agentDescriptors are numbers in the spawner.
 type agentDescriptors struct{ null, crash, boot, program, status int }
@@ -186,7 +189,11 @@ func planAgent(c *rawfork.Calls, fds agentDescriptors, doors int, unshared uintp
 		argv = append(argv, p)
 	}
 	argv = append(argv, nil)
-	env := []*byte{nil}
+	processors, err := unix.BytePtrFromString(agentProcessors)
+	if err != nil {
+		return err
+	}
+	env := []*byte{processors, nil}
 	empty, err := c.Text("")
 	if err != nil {
 		return err

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/osthread"
 	"github.com/sandboxd/sandboxd/pkg/weaken"
 )
 
@@ -254,6 +255,9 @@ func spawnerMain() {
 	conn, err := unixConn(os.NewFile(spawnerFD, "requests"))
 	if err == nil {
 		err = cgroup.DropOOMProtection(os.Getpid()) // and so of every agent, from its clone on
+	}
+	if err == nil {
+		err = osthread.SetTimerSlack(agentTimerSlack)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, spawnerName+":", err)

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/cgroup"
+	"github.com/sandboxd/sandboxd/pkg/osthread"
 )
 
 // lastCapability is more than any kernel has; dropping stops at the first that it does not know.
@@ -102,6 +103,10 @@ func (c command) start(group *cgroup.Group) (p process, pidfd *os.File, err erro
 func confineThread() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot set no_new_privs: %w", err)
+	}
+	// The daemon's timers may run late (osthread.SetTimerSlack), and who is cloned inherits that; a guest's may not.
+	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, osthread.DefaultTimerSlack, 0, 0, 0); err != nil {
+		return fmt.Errorf("cannot set the timer slack: %w", err)
 	}
 	for c := range uintptr(lastCapability + 1) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
