@@ -5,8 +5,6 @@ package rawfork
 import (
 	"encoding/binary"
 	"fmt"
-	"os"
-	"runtime"
 	"syscall"
 	"unsafe"
 
@@ -125,23 +123,6 @@ func (c *Calls) Text(s string) (uintptr, error) {
 	return Address(c, p), nil
 }
 
-// Fork forks a child that makes the calls, in a cgroup if there is one, and reports to status, which it must be able to write to.
-func (c *Calls) Fork(cgroup *os.File, status uintptr) (int, error) {
-	number, args := uintptr(unix.SYS_CLONE), [2]uintptr{uintptr(unix.SIGCHLD)}
-	if cgroup != nil {
-		clone := &cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: uint64(cgroup.Fd())}
-		number, args = unix.SYS_CLONE3, [2]uintptr{Address(c, clone), unsafe.Sizeof(*clone)}
-	}
-	report := new([ReportBytes]byte)
-	pid, errno := forkChild(number, args[0], args[1], c.list, status, report)
-	runtime.KeepAlive(c)
-	runtime.KeepAlive(cgroup)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(pid), nil
-}
-
 // cloneArgs is struct clone_args (linux/sched.h).
 type cloneArgs struct {
 	flags            uint64
@@ -162,25 +143,8 @@ func beforeFork()
 //go:linkname afterFork syscall.runtime_AfterFork
 func afterFork()
 
-// forkChild is fork(2), not vfork: the child has its own memory, so that a workload that stops it, as root's may, stops nothing
-// of the agent's. The child never returns from it.
-//
-// The child must not allocate, grow the stack or call anything that may: hence nosplit all the way down, and norace.
-//
-//go:norace
-//go:noinline
-func forkChild(number, first, second uintptr, list []Call, status uintptr, report *[ReportBytes]byte) (uintptr, unix.Errno) {
-	beforeFork()
-	pid, _, errno := syscall.RawSyscall6(number, first, second, 0, 0, 0, 0)
-	if errno != 0 || pid != 0 {
-		afterFork()
-		return pid, errno
-	}
-	runChild(list, status, report)
-	return 0, 0
-}
-
-// runChild makes the calls. It ends the process unless one of them executes a program.
+// runChild makes the calls. It ends the process unless one of them executes a program. The child must not allocate, grow the stack or
+// call anything that may: hence nosplit all the way down, and norace.
 //
 //go:norace
 //go:nosplit

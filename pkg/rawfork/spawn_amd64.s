@@ -1,26 +1,27 @@
 #include "textflag.h"
 
-#define SYS_clone3 435
-
-// func cloneJob(args *cloneArgs, size uintptr, j *job, run uintptr) (pid uintptr, errno unix.Errno)
-TEXT ·cloneJob(SB), NOSPLIT, $0-48
-	MOVQ	args+0(FP), DI
-	MOVQ	size+8(FP), SI
-	MOVQ	j+16(FP), R12 // this and the next the kernel keeps, for the child too
-	MOVQ	run+24(FP), R13
-	MOVL	$SYS_clone3, AX
+// func cloneJob(number, first, second uintptr, j *job, run uintptr) (pid uintptr, errno unix.Errno)
+TEXT ·cloneJob(SB), NOSPLIT, $0-56
+	MOVQ	first+8(FP), DI
+	MOVQ	second+16(FP), SI
+	XORL	DX, DX // of clone(2): where pids are stored, the thread's area
+	XORL	R10, R10
+	XORL	R8, R8
+	MOVQ	j+24(FP), R12 // this and the next the kernel keeps, for the child too
+	MOVQ	run+32(FP), R13
+	MOVQ	number+0(FP), AX
 	SYSCALL
 	TESTQ	AX, AX
 	JZ	child
 	CMPQ	AX, $0xfffffffffffff001
 	JCC	failed
-	MOVQ	AX, pid+32(FP)
-	MOVQ	$0, errno+40(FP)
+	MOVQ	AX, pid+40(FP)
+	MOVQ	$0, errno+48(FP)
 	RET
 failed:
 	NEGQ	AX
-	MOVQ	$-1, pid+32(FP)
-	MOVQ	AX, errno+40(FP)
+	MOVQ	$-1, pid+40(FP)
+	MOVQ	AX, errno+48(FP)
 	RET
 child:
 	// SP is the top of the child's stack. By the compiler's convention the argument is in AX, 0 in X15, the goroutine in R14: the

@@ -13,8 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spawned forks a child that executes a program with its standard output in a pipe, and answers with what came of it.
+// spawned spawns a child that executes a program with its standard output in a pipe, and answers with what came of it.
 func spawned(t *testing.T, plan func(c *Calls), program string, args ...string) (output string, report []byte, calls *Calls) {
+	t.Helper()
+	return run(t, func(c *Calls, status uintptr) (*Child, error) { return c.Spawn(0, nil, status) }, plan, program, args...)
+}
+
+func run(t *testing.T, fork func(c *Calls, status uintptr) (*Child, error), plan func(c *Calls), program string, args ...string) (output string, report []byte, calls *Calls) {
 	t.Helper()
 	path, err := exec.LookPath(program)
 	if err != nil {
@@ -51,13 +56,15 @@ func spawned(t *testing.T, plan func(c *Calls), program string, args ...string) 
 	argv = append(argv, nil)
 	env := []*byte{nil}
 	calls.Execute(path, unix.SYS_EXECVE, file, Address(calls, &argv[0]), Address(calls, &env[0]))
-	child, err := calls.Spawn(0, nil, theirStatus.Fd())
+	child, err := fork(calls, theirStatus.Fd())
 	theirOut.Close()
 	theirStatus.Close()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer child.PIDFD.Close()
+	if child.PIDFD != nil {
+		defer child.PIDFD.Close()
+	}
 	report, err = io.ReadAll(status)
 	child.Hold()
 	if err != nil {
@@ -134,5 +141,33 @@ func TestSpawnRefusedByTheKernel(t *testing.T) {
 	_, err := c.Spawn(unix.CLONE_NEWUSER|unix.CLONE_FS, nil, 2)
 	if !errors.Is(err, unix.EINVAL) {
 		t.Errorf("a clone that cannot be: %v", err)
+	}
+}
+
+// A child's writes reach the caller's memory if that is shared, and no other.
+func TestForkSharesMemoryIfAskedTo(t *testing.T) {
+	for _, share := range []bool{true, false} {
+		word := new([unix.PathMax / 8]uint64)
+		out, report, _ := run(t, func(c *Calls, status uintptr) (*Child, error) { return c.Fork(nil, status, share) }, func(c *Calls) {
+			c.Must("getcwd", unix.SYS_GETCWD, Address(c, word), unix.PathMax)
+			c.Equal("the directory is absolute", &word[0], uint64(0xff), uint64('/'))
+		}, "echo", "here")
+		if out != "here\n" || len(report) != 0 {
+			t.Errorf("share %v: the child said %q, and reported %x", share, out, report)
+		}
+		if written := word[0] != 0; written != (share && sharedFlags != 0) {
+			t.Errorf("share %v: written to the caller's memory: %v", share, written)
+		}
+	}
+}
+
+func TestForkReportsTheCallThatFailed(t *testing.T) {
+	for _, share := range []bool{true, false} {
+		_, report, calls := run(t, func(c *Calls, status uintptr) (*Child, error) { return c.Fork(nil, status, share) }, func(c *Calls) {
+			c.Must("a descriptor that is not open", unix.SYS_FCHDIR, 1<<20)
+		}, "echo")
+		if call, errno, err := calls.Failed(report); err != nil || errno != unix.EBADF || call.What != "a descriptor that is not open" {
+			t.Errorf("share %v: reported %+v, %v, %v", share, call, errno, err)
+		}
 	}
 }

@@ -245,6 +245,9 @@ func (c *confined) identify(calls *rawfork.Calls) error {
 	return nil
 }
 
+// staysRoot reports whether the process's user and group are the agent's own, so that becoming them changes nothing.
+func (c *confined) staysRoot() bool { return c.who.uid == 0 && c.who.gid == 0 }
+
 func (c *confined) capabilities(calls *rawfork.Calls) error {
 	c.Caps.apply(calls)
 	return nil

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -51,7 +52,21 @@ func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatu
 		unix.Close(status[1])
 		return 0, failure
 	}
-	pid, err := s.children.start(func() (int, error) { return calls.Fork(s.cgroup, uintptr(status[1])) }, ended)
+	// What the child works with is in this process's memory: held until it has its own, or has ended.
+	var held atomic.Pointer[rawfork.Child]
+	pid, err := s.children.start(func() (int, error) {
+		child, err := calls.Fork(s.cgroup, uintptr(status[1]), c.staysRoot())
+		if err != nil {
+			return 0, err
+		}
+		held.Store(child)
+		return child.PID, nil
+	}, func(ws unix.WaitStatus) {
+		if child := held.Load(); child != nil {
+			child.Hold()
+		}
+		ended(ws)
+	})
 	end()
 	unix.Close(status[1]) // the child has its own
 	if err != nil {
@@ -64,6 +79,7 @@ func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatu
 		_ = s.children.signal(pid, unix.SIGKILL)
 		return 0, &stageFailure{agentv1.ExecFailure_REASON_CONFINEMENT, fmt.Sprintf("cannot hear from the new process: %v", err)}
 	}
+	held.Store(nil)
 	if failure := c.parseStatus(calls, said); failure != nil {
 		return 0, failure
 	}
