@@ -51,20 +51,25 @@ func (w pidOne) gone() bool {
 	return errors.Is(err, unix.ECHILD)
 }
 
-// taken are the signals that would otherwise end the agent.
-var taken = []os.Signal{
-	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE,
-	// Sent by kill(2). The agent's own faults end it all the same.
-	unix.SIGSEGV, unix.SIGBUS, unix.SIGFPE, unix.SIGILL, unix.SIGTRAP, unix.SIGABRT, unix.SIGSYS, unix.SIGSTKFLT,
+// ignored are the signals that would otherwise end the agent. What it starts has them by default again (rawfork.ResetSignals), or is
+// the agent's own program, which handles them.
+var ignored = []os.Signal{
+	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGPIPE, unix.SIGABRT,
 }
 
-// run reaps until ctx is done. Every other signal is taken and forgotten: a handler that nobody listens to keeps the
-// runtime from ending PID 1, and unlike an ignored signal it is not inherited by the workload.
+// unheard are those that Go's runtime does not let a program ignore, for its own faults send them, which end the agent all the same. One
+// sent by kill(2) goes to a handler that nobody listens to. (All signals could, but for each that may be ignored the runtime goes to a
+// thread of its own and back.)
+var unheard = []os.Signal{unix.SIGSEGV, unix.SIGBUS, unix.SIGFPE, unix.SIGILL, unix.SIGTRAP, unix.SIGSYS, unix.SIGSTKFLT}
+
+// run reaps until ctx is done. No other signal does anything to the agent.
 func (w pidOne) run(ctx context.Context) {
-	unheard := make(chan os.Signal, 1)
+	nobody := make(chan os.Signal, 1)
 	if !weaken.Without("take signals") {
-		signal.Notify(unheard, taken...)
+		signal.Ignore(ignored...)
+		defer signal.Reset(ignored...)
+		signal.Notify(nobody, unheard...)
+		defer signal.Stop(nobody)
 	}
-	defer signal.Stop(unheard)
 	w.children.reapAll(ctx)
 }

@@ -142,7 +142,7 @@ func (s *Service) createContainer(r *agentv1.CreateContainerRequest) (*specs.Spe
 	if config.Process != nil {
 		weaken.Adopt(config.Process.Env)
 		if weaken.Without("take signals") {
-			signal.Reset(taken...)
+			signal.Reset(append(ignored, unheard...)...)
 		}
 	}
 	s.mu.Lock()
