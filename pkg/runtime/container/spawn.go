@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -162,7 +163,8 @@ func listen(dir string) (*os.File, error) {
 func (p *agentProcess) namespace(ctx context.Context, kind string) (*os.File, error) {
 	what := "cannot open the sandbox's " + kind + " namespace"
 	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", p.pid, kind))
-	if ended(p.pidfd) { // then the number may have been another's
+	// One that has ended: the number may have been another's. One that is about to has no namespaces any more.
+	if ended(p.pidfd) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		if err == nil {
 			_ = f.Close() // only looked at
 		}
