@@ -25,6 +25,8 @@ const (
 	// launchTimeout is bootTimeout where the agent is to start the workload before it answers, which may have to wait for files
 	// of the image on a slow disk.
 	launchTimeout = 2 * time.Minute
+	// endTimeout bounds the wait for the spawner to say why an agent has ended, which it does at once.
+	endTimeout = 5 * time.Second
 	// maxBootResult bounds the agent's answer: base64 of spec.MaxLaunchBytes, and the rest.
 	maxBootResult = 2 * spec.MaxLaunchBytes
 	// maxRefusal bounds what is shown of an agent's reason, in bytes of its own.
@@ -168,7 +170,7 @@ func (p *agentProcess) namespace(ctx context.Context, kind string) (*os.File, er
 		if err == nil {
 			_ = f.Close() // only looked at
 		}
-		return nil, p.explain(ctx, what, nil)
+		return nil, p.explainEnd(ctx, what)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
@@ -242,6 +244,14 @@ func parseBootResult(b []byte, launched bool) ([]byte, error) {
 type agentError struct{ error }
 
 func (e *agentError) Unwrap() error { return e.error }
+
+// explainEnd is explain for an agent that was found to have ended. What there is to say of that has been said when its end of the boot
+// socket is closed.
+func (p *agentProcess) explainEnd(ctx context.Context, what string) error {
+	_ = p.boot.SetReadDeadline(time.Now().Add(endTimeout)) // nothing is read from it afterwards
+	_, _ = p.boot.Read(make([]byte, smallBootResult))      // the end, or the last words of who spoke without being asked
+	return p.explain(ctx, what, nil)
+}
 
 // explain adds what the agent left on its standard error, and the reason when time was up.
 func (p *agentProcess) explain(ctx context.Context, what string, err error) error {

@@ -374,7 +374,7 @@ func (st *start) identify(ctx context.Context) (err error) {
 	st.rec.PID = st.agent.pid
 	st.rec.StartTime, err = processStartTime(st.agent.pid)
 	if errors.Is(err, errProcessGone) {
-		return st.agent.explain(ctx, "cannot identify the agent", nil)
+		return st.agent.explainEnd(ctx, "cannot identify the agent")
 	}
 	if err != nil {
 		return err
