@@ -4,6 +4,7 @@
 #   scripts/proto.sh generate    over the committed code
 #   scripts/proto.sh check       elsewhere, and fails when the committed code differs
 #   scripts/proto.sh lint        only the lint
+#   scripts/proto.sh descriptors FILE    the API as one descriptor set, with what it imports, for clients in other languages
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -57,5 +58,10 @@ lint)
 	prepare
 	lint
 	;;
-*) fail "usage: scripts/proto.sh generate|check|lint" ;;
+descriptors)
+	(($# == 2)) || fail "usage: scripts/proto.sh descriptors FILE"
+	prepare
+	step "write descriptors" buf build --path api/proto/sandboxd/v1 --as-file-descriptor-set --output "$2#format=binpb"
+	;;
+*) fail "usage: scripts/proto.sh generate|check|lint|descriptors FILE" ;;
 esac

@@ -3,7 +3,7 @@
 # left alone, so that a second run needs no network.
 #
 #   scripts/setup.sh            everything for `make test` and `make demo`
-#   scripts/setup.sh PART...    packages, modules, kernel, busybox, debian, lint-packages, bench-packages
+#   scripts/setup.sh PART...    packages, modules, kernel, busybox, debian, node, lint-packages, bench-packages
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -34,7 +34,7 @@ IMAGE_EPOCH=1700000000
 # Another make in the same tree may be setting up: that long we wait for it. A mirror is asked three times; each try is given
 # so many seconds, five times what a slow line was seen to need.
 readonly TRIES=3 LOCK_SECONDS=900
-readonly APT_UPDATE_SECONDS=120 APT_INSTALL_SECONDS=600 APT_DOWNLOAD_SECONDS=300 GO_DOWNLOAD_SECONDS=600 MMDEBSTRAP_SECONDS=600
+readonly APT_UPDATE_SECONDS=120 APT_INSTALL_SECONDS=600 APT_DOWNLOAD_SECONDS=300 NPM_SECONDS=300 GO_DOWNLOAD_SECONDS=600 MMDEBSTRAP_SECONDS=600
 
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 APT_OPTIONS=(
@@ -182,6 +182,20 @@ make_debian() {
 	rm -rf "$work"
 }
 
+# Node, and what package-lock.json of the example in JavaScript names: each package with its hash. None gets to run a
+# script of its own here.
+get_node() {
+	local example=$ROOT/examples/node-client key
+	if ! command -v node >/dev/null || ! command -v npm >/dev/null; then install_packages nodejs npm; fi
+	key=$(hash_of "$example/package.json" "$example/package-lock.json")
+	[[ -d $CACHE/node/node_modules ]] && stamped node "$key" && return
+	mkdir -p "$CACHE/node"
+	cp "$example/package.json" "$example/package-lock.json" "$CACHE/node/"
+	step "fetch packages of the example in JavaScript" retry "$TRIES" "$NPM_SECONDS" \
+		npm ci --prefix "$CACHE/node" --ignore-scripts --no-audit --no-fund --loglevel=error
+	stamp node "$key"
+}
+
 run_part() {
 	case $1 in
 	packages) install_packages "${PACKAGES[@]}" ;;
@@ -191,6 +205,7 @@ run_part() {
 	kernel) get_kernel ;;
 	busybox) get_busybox ;;
 	debian) get_debian ;;
+	node) get_node ;;
 	*) fail "cannot set up $1: no such part; see the head of scripts/setup.sh" ;;
 	esac
 }
@@ -199,7 +214,7 @@ main() {
 	# Two makes in one tree wait for each other here instead of tearing each other's downloads.
 	exec {lock}>"$CACHE/setup.lock"
 	flock --wait "$LOCK_SECONDS" "$lock" || fail "cannot get $CACHE/setup.lock: another setup has had it for $LOCK_SECONDS s"
-	(($# > 0)) || set -- packages modules kernel busybox debian
+	(($# > 0)) || set -- packages modules kernel busybox debian node
 	local part
 	for part in "$@"; do
 		run_part "$part"

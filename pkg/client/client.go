@@ -11,8 +11,25 @@
 //		},
 //	}, client.RunOptions{Stdio: client.Stdio{Stdout: os.Stdout, Stderr: os.Stderr}, Remove: true})
 //
-// Every call is bounded by its context alone; calls without a streaming helper are made on the generated clients that
-// Client holds.
+// # Connecting
+//
+// [Dial] is for the Unix socket, where the kernel tells the daemon who calls; [DialTLS] for TCP, where both sides show
+// certificates. Neither connects yet. One [Client] serves any number of goroutines, and connects again by itself when the
+// daemon was restarted: calls under way end with the reason DAEMON_STOPPING or UNREACHABLE, workloads go on running.
+//
+// # Calls
+//
+// Calls with one answer are made on the generated clients that a Client holds: Workloads, Images, Policy, System, Templates.
+// Those that stream have helpers: [Client.Run], [Client.Exec], [Client.Attach], [Client.Logs], [Client.Watch],
+// [Client.CopyIn], [Client.CopyOut], [Client.ImportImage] and [Client.PullImage]; [Client.ListWorkloads] and
+// [Client.ListImages] go through all pages. Every call is bounded by its context alone.
+//
+// # Errors
+//
+// A call that failed returns an [*Error] (errors.As): its Reason is one of the constants here or another that
+// docs/operations.md lists, Field or Rule say what was at fault. status.Code works on it, too.
+//
+// examples/go-client is a whole program; docs/clients.md tells of other languages.
 package client
 
 import (
