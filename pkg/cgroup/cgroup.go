@@ -62,6 +62,8 @@ type Limits struct {
 	MemoryBytes uint64
 	// Processes and threads.
 	Pids uint32
+	// Of these, how many may be behind the inner door (InnerDoor); none means that there is no such door.
+	InnerPids uint32
 	// See spec.Resources. What the host cannot enforce, Check refuses.
 	CPUWeight       uint32
 	CPUSet          string
@@ -109,6 +111,8 @@ type hierarchies interface {
 	prepare(path string, l Limits) error
 	complete(path string, l Limits) error
 	doors(path string, l Limits) []string
+	// innerDoor is the file of InnerDoor, made by create where there is a limit for what is behind it.
+	innerDoor(path string) string
 	// update brings a group's limits to l, but for Devices. What l does not limit is unlimited afterwards.
 	update(path string, l Limits) error
 	// freeze and thaw only ask; frozen says what has come of it.

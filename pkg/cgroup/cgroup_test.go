@@ -40,6 +40,12 @@ func testParent(t *testing.T) string {
 // start runs a shell script in g and answers with its pid and a function that waits for it.
 func start(t *testing.T, g *Group, script string) (pid int, wait func() syscall.WaitStatus) {
 	t.Helper()
+	return startWith(t, g, nil, script)
+}
+
+// startWith is start with a descriptor 3.
+func startWith(t *testing.T, g *Group, third *os.File, script string) (pid int, wait func() syscall.WaitStatus) {
+	t.Helper()
 	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +53,11 @@ func start(t *testing.T, g *Group, script string) (pid int, wait func() syscall.
 	defer null.Close() //nolint:errcheck // nothing is written
 	err = g.Start(func(attr *syscall.SysProcAttr) error {
 		fd := null.Fd()
-		pid, err = syscall.ForkExec("/bin/sh", []string{"sh", "-c", script}, &syscall.ProcAttr{Files: []uintptr{fd, fd, fd}, Sys: attr})
+		files := []uintptr{fd, fd, fd}
+		if third != nil {
+			files = append(files, third.Fd())
+		}
+		pid, err = syscall.ForkExec("/bin/sh", []string{"sh", "-c", script}, &syscall.ProcAttr{Files: files, Sys: attr})
 		return err
 	})
 	if err != nil {

@@ -75,6 +75,9 @@ func (v v1) create(path string, l Limits) error {
 	if err := v.createOptional(path, l, r); err != nil {
 		return err
 	}
+	if err := v.makeInner(path, l); err != nil {
+		return err
+	}
 	if Mode() == ModeHybrid {
 		return os.MkdirAll(filepath.Join(unifiedMount, path), 0o755)
 	}
@@ -208,6 +211,9 @@ func (v v1) update(path string, l Limits) error {
 			return err
 		}
 	}
+	if err := updateInner(innerV1(path), l); err != nil {
+		return err
+	}
 	if err := v.updateCPUSet(path, l.CPUSet, r); err != nil {
 		return err
 	}
@@ -241,7 +247,7 @@ func (v v1) updateCPUSet(path, cpus string, r *specs.LinuxResources) error {
 		return err
 	}
 	for range moveRounds {
-		all, err := processes(filepath.Join(root, string(cgroup1.Pids), path))
+		all, err := processes(filepath.Join(root, string(cgroup1.Memory), path)) // which has none below it
 		if err != nil {
 			return err
 		}

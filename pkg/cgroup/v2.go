@@ -57,6 +57,9 @@ func (v v2) create(path string, l Limits) error {
 	if err := attachDevices(path, deviceRules(l.Devices)); err != nil {
 		return err
 	}
+	if err := v.makeInner(path, l); err != nil {
+		return err
+	}
 	return v.rest(path, l, false)
 }
 
@@ -150,6 +153,9 @@ func (v v2) update(path string, l Limits) error {
 		return err
 	}
 	if err := m.Update(r); err != nil {
+		return err
+	}
+	if err := updateInner(innerV2(path), l); err != nil {
 		return err
 	}
 	return v.rest(path, l, true)

@@ -65,7 +65,7 @@ var small = []struct {
 }{
 	{
 		program: "./cmd/sandbox-agent",
-		own:     []string{"./cmd/sandbox-agent", "./pkg/agent/guest/...", "./pkg/spec", "./pkg/rawfork", "./pkg/weaken", "./api/proto/sandboxd/agent/v1"},
+		own:     []string{"./cmd/sandbox-agent", "./pkg/agent/guest/...", "./pkg/spec", "./pkg/rawfork", "./pkg/osthread", "./pkg/weaken", "./api/proto/sandboxd/agent/v1"},
 		modules: []string{
 			"github.com/containerd/ttrpc",               // the protocol
 			"github.com/containerd/log",                 // of ttrpc

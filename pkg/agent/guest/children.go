@@ -7,6 +7,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,6 +15,9 @@ import (
 // children is the only place that forks and the only one that reaps. Both happen under one lock, so a child can't be
 // reaped before it is registered, and a pid in the table is never that of another process.
 type children struct {
+	// Where it forks; nil for wherever it is called. Set before the first.
+	within func(fork func() (int, error)) (int, error)
+
 	mu    sync.Mutex
 	byPID map[int]func(unix.WaitStatus) // called under mu when the child has ended
 }
@@ -26,6 +30,10 @@ func newChildren() *children {
 func (c *children) start(fork func() (int, error), ended func(unix.WaitStatus)) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if within := c.within; within != nil {
+		inner := fork
+		fork = func() (int, error) { return within(inner) }
+	}
 	pid, err := fork()
 	if err != nil {
 		return 0, err
@@ -75,20 +83,33 @@ func (c *children) reapEnded() {
 	}
 }
 
-// reapOne waits for one child, where the agent is not PID 1 and other children are not its business. It leaves the child a
-// zombie until it has the lock.
-func (c *children) reapOne(pid int) {
-	for {
-		err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
+// awaitOne waits for one child, where the agent is not PID 1 and other children are not its business. It leaves the child a
+// zombie.
+func (c *children) awaitOne(pid int) {
+	var info unix.Siginfo
+	_, err := ignoringEINTR(func() (int, error) {
+		return pid, unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT, nil)
+	})
+	if err != nil {
+		return // somebody else has reaped it
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var status unix.WaitStatus
-	if got, err := ignoringEINTR(func() (int, error) { return unix.Wait4(pid, &status, 0, nil) }); err == nil && got == pid {
-		c.endedLocked(pid, status)
+	c.endedLocked(pid, statusOf(&info))
+}
+
+// statusOf is the wait status that waitid(2) tells of in another form. si_status comes after four words and, to the kernel's
+// alignment of a union with pointers, two more: see siginfo_t.
+func statusOf(info *unix.Siginfo) unix.WaitStatus {
+	const cldExited, cldDumped, dumped = 1, 3, 0x80
+	status := (*[7]int32)(unsafe.Pointer(info))[6]
+	switch info.Code {
+	case cldExited:
+		return unix.WaitStatus(status << 8)
+	case cldDumped:
+		return unix.WaitStatus(status | dumped)
+	default:
+		return unix.WaitStatus(status)
 	}
 }
 

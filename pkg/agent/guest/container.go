@@ -20,8 +20,9 @@ const (
 	bootFD = 3
 	// maxBootMessage bounds the boot message.
 	maxBootMessage = 128 << 10
-	// bootDescriptors is how many come with it: the root and the listener.
-	bootDescriptors = 2
+	// bootDescriptors is how many come with it: the root, the listener and, where processes are limited, the door to the workload's
+	// control group.
+	bootDescriptors = 3
 )
 
 // RunContainer is the agent's life as PID 1 of a container's namespaces. It returns nil when the daemon ended it.
@@ -31,12 +32,17 @@ func RunContainer() error {
 	}
 	unix.Umask(0) // modes are said in full
 	warmUp()
-	boot, root, listener, err := receiveBoot(bootFD)
+	boot, root, listener, door, err := receiveBoot(bootFD)
 	if err != nil {
 		return errors.Join(err, answerBoot(bootFD, spec.BootResult{Error: err.Error()}))
 	}
 	notePhase("from the first instruction to the boot message", began)
 	w := &containerWall{pidOne: newPidOne(), source: root}
+	if door != nil {
+		if w.children.within, err = newForker(door); err != nil {
+			return errors.Join(err, answerBoot(bootFD, spec.BootResult{Error: err.Error()}))
+		}
+	}
 	if len(boot.Prepare) > 0 {
 		if boot, err = prepareFor(w, boot.Prepare); err != nil {
 			return errors.Join(err, answerBoot(bootFD, spec.BootResult{Error: err.Error()}))
@@ -92,33 +98,36 @@ func serveAsPidOne(s *Service, w pidOne, l net.Listener, first func(*Service) er
 }
 
 // receiveBoot reads the one message of the boot socket and the descriptors that come with it.
-func receiveBoot(fd int) (boot *spec.ContainerBoot, root *os.File, l net.Listener, err error) {
+func receiveBoot(fd int) (boot *spec.ContainerBoot, root *os.File, l net.Listener, door *os.File, err error) {
 	message := make([]byte, maxBootMessage)
 	control := make([]byte, unix.CmsgSpace(bootDescriptors*4))
 	n, controlLen, _, _, err := unix.Recvmsg(fd, message, control, unix.MSG_CMSG_CLOEXEC)
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("cannot read the boot message: %w", err)
+		return nil, nil, nil, nil, fmt.Errorf("cannot read the boot message: %w", err)
 	}
 	if boot, err = parseContainerBoot(message[:n]); err != nil {
-		return nil, nil, nil, err
+		return nil, nil, nil, nil, err
 	}
 	fds, err := passedDescriptors(control[:controlLen])
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, nil, nil, err
 	}
-	if len(fds) != bootDescriptors {
-		return nil, nil, nil, fmt.Errorf("cannot boot with %d descriptors, not %d", len(fds), bootDescriptors)
+	if len(fds) < bootDescriptors-1 || len(fds) > bootDescriptors {
+		return nil, nil, nil, nil, fmt.Errorf("cannot boot with %d descriptors, not %d or one less", len(fds), bootDescriptors)
+	}
+	if len(fds) == bootDescriptors {
+		door = os.NewFile(uintptr(fds[2]), "door")
 	}
 	socket := os.NewFile(uintptr(fds[1]), "listener")
 	defer socket.Close() // FileListener has its own
 	l, err = net.FileListener(socket)
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("cannot use the listening socket: %w", err)
+		return nil, nil, nil, nil, fmt.Errorf("cannot use the listening socket: %w", err)
 	}
 	if unixListener, ok := l.(*net.UnixListener); ok {
 		unixListener.SetUnlinkOnClose(false) // its name is the runtime's, and not in this root
 	}
-	return boot, os.NewFile(uintptr(fds[0]), "/"), l, nil
+	return boot, os.NewFile(uintptr(fds[0]), "/"), l, door, nil
 }
 
 func parseContainerBoot(message []byte) (*spec.ContainerBoot, error) {

@@ -74,7 +74,7 @@ func (s *Service) Copy(ctx context.Context, r *agentv1.CopyRequest) (*agentv1.Co
 			return nil, err
 		}
 		s.processes.take(p)
-		return nil, internal("cannot start the copy: %v", err)
+		return nil, startError("the copy", err)
 	}
 	return &agentv1.CopyResponse{}, nil
 }

@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -65,7 +66,7 @@ func (s *Service) answer(ctx context.Context, p *process) (*agentv1.ExecResponse
 	if f := asFailure(err); f != nil {
 		return &agentv1.ExecResponse{Failure: f}, nil
 	}
-	return nil, internal("cannot start process %q: %v", p.id, err)
+	return nil, startError(fmt.Sprintf("process %q", p.id), err)
 }
 
 // newConfined translates the daemon's wishes into what the child does.

@@ -71,7 +71,7 @@ func (s *stages) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitStatu
 	unix.Close(status[1]) // the child has its own
 	if err != nil {
 		unix.Close(status[0])
-		return 0, fmt.Errorf("cannot fork: %w", err)
+		return 0, cannotFork(err)
 	}
 	defer phase("process: confine and execute")()
 	said, err := s.hear(status[0])
@@ -204,9 +204,27 @@ func (s *stages) fork(job *copyJob, stdio [3]*os.File, ended func(unix.WaitStatu
 	}, ended)
 	if err != nil {
 		status.Close()
-		return 0, nil, fmt.Errorf("cannot fork: %w", err)
+		return 0, nil, cannotFork(err)
 	}
 	return pid, status, nil
+}
+
+// errFull is what the kernel answers to a fork past a limit of processes.
+var errFull = errors.New("cannot fork: the sandbox has reached its limit of processes; end some of them, or stop it")
+
+func cannotFork(err error) error {
+	if errors.Is(err, unix.EAGAIN) {
+		return errFull
+	}
+	return fmt.Errorf("cannot fork: %w", err)
+}
+
+// startError is what the daemon is told where no process of the workload's is to blame.
+func startError(what string, err error) error {
+	if errors.Is(err, errFull) {
+		return exhausted("cannot start %s: %v", what, err)
+	}
+	return internal("cannot start %s: %v", what, err)
 }
 
 func (f *stageFailure) Error() string { return f.Message }

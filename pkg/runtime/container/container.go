@@ -33,11 +33,12 @@ const (
 	destroyTimeout = 30 * time.Second
 	// minMemory is what the agent needs to serve at all.
 	minMemory = 16 << 20
-	// agentPids is how many threads the agent may have on top of what the workload may: a Go program has a handful, and so has
-	// each copy. One limit bounds both, and the kernel does not care who reaches it: a
-	// workload that forks until it cannot takes these too. Then nothing can be started in its sandbox until it ends some of its
-	// processes, the agent may end for want of a thread, and the sandbox with it; ending it from outside always works.
-	agentPids = 32
+	// agentPids is how many threads the agent may have, a Go program that ends when it is refused one. The workload, in a
+	// group of its own within the sandbox's, cannot take them.
+	agentPids = 48
+	// onTheWayIn is how many threads there may be in that group on top of the processes the workload may have: the agent's own that
+	// forks there, a copy, which is a Go program, and a child until it is the workload. A guest's group allows for as many.
+	onTheWayIn = 16
 	// firstInherited is the first descriptor after standard error.
 	firstInherited = 3
 )

@@ -62,6 +62,9 @@ func standIn() {
 	check(err, "parse")
 	fds, err := unix.ParseUnixRights(&messages[0])
 	check(err, "rights")
+	if len(fds) > 2 { // the door to the workload's group: this one stays outside
+		check(unix.Close(fds[2]), "close")
+	}
 	check(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), "private")
 	check(unix.MoveMount(fds[0], "", unix.AT_FDCWD, "/mnt", unix.MOVE_MOUNT_F_EMPTY_PATH), "move_mount")
 	check(unix.Chroot("/mnt"), "chroot")

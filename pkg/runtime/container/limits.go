@@ -21,7 +21,7 @@ func (r *Runtime) limits(res spec.Resources) cgroup.Limits {
 	return cgroup.Limits{
 		CPUMillis: res.CPUMillis, CPUWeight: res.CPUWeight, CPUSet: res.CPUSet,
 		MemoryBytes: res.MemoryBytes, MemoryHighBytes: res.MemoryHighBytes, SwapBytes: res.SwapBytes, OOMGroup: res.OOMGroup,
-		Pids: res.Pids + agentPids,
+		Pids: res.Pids + onTheWayIn + agentPids, InnerPids: res.Pids + onTheWayIn,
 		IO: cgroup.IO{
 			Disk:    r.config.StateDir,
 			ReadBPS: res.IOReadBPS, WriteBPS: res.IOWriteBPS, ReadIOPS: res.IOReadIOPS, WriteIOPS: res.IOWriteIOPS,

@@ -351,7 +351,7 @@ func (p *pool) prepare(st *start, want *preparation) error {
 			return err
 		}
 	}
-	if err := st.agent.prepare(ctx, st.root, st.listener, []byte(want.config)); err != nil {
+	if err := st.agent.prepare(ctx, st.bootFiles(), []byte(want.config)); err != nil {
 		return err
 	}
 	st.prepared = want

@@ -101,18 +101,22 @@ func (p *agentProcess) arrived() (err error) {
 
 // goOn lets the process enter the cgroups behind the doors and become the agent.
 func (p *agentProcess) goOn(ctx context.Context, doors []*os.File) error {
-	var fds []int
-	for _, d := range doors {
-		fds = append(fds, int(d.Fd()))
-	}
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
-	if _, _, err := p.boot.WriteMsgUnix([]byte{wordToGo}, rights, nil); err != nil {
+	if _, _, err := p.boot.WriteMsgUnix([]byte{wordToGo}, rightsOf(doors), nil); err != nil {
 		return p.explain(ctx, "cannot have the agent go on", err)
 	}
 	return nil
+}
+
+// rightsOf passes descriptors on, none if there are no files.
+func rightsOf(files []*os.File) []byte {
+	if len(files) == 0 {
+		return nil
+	}
+	var fds []int
+	for _, f := range files {
+		fds = append(fds, int(f.Fd()))
+	}
+	return unix.UnixRights(fds...)
 }
 
 // boundedFile is a memory file that can be written to, but never past size.
@@ -178,14 +182,15 @@ func (p *agentProcess) namespace(ctx context.Context, kind string) (*os.File, er
 	return f, nil
 }
 
-// introduce tells the agent its sandbox, and what to launch in it, if anything; it answers with what the agent says of that.
-func (p *agentProcess) introduce(ctx context.Context, root, listener *os.File, launch []byte) ([]byte, error) {
-	return p.tell(ctx, unix.UnixRights(int(root.Fd()), int(listener.Fd())), spec.ContainerBoot{Launch: launch})
+// introduce tells the agent its sandbox, with bootFiles, and what to launch in it, if anything; it answers with what the agent says
+// of that.
+func (p *agentProcess) introduce(ctx context.Context, files []*os.File, launch []byte) ([]byte, error) {
+	return p.tell(ctx, files, spec.ContainerBoot{Launch: launch})
 }
 
 // prepare has the agent make a root ahead of time, and introducePrepared tells it whose that is.
-func (p *agentProcess) prepare(ctx context.Context, root, listener *os.File, preparation []byte) error {
-	_, err := p.tell(ctx, unix.UnixRights(int(root.Fd()), int(listener.Fd())), spec.ContainerBoot{Prepare: preparation})
+func (p *agentProcess) prepare(ctx context.Context, files []*os.File, preparation []byte) error {
+	_, err := p.tell(ctx, files, spec.ContainerBoot{Prepare: preparation})
 	return err
 }
 
@@ -193,8 +198,8 @@ func (p *agentProcess) introducePrepared(ctx context.Context, launch []byte) ([]
 	return p.tell(ctx, nil, spec.ContainerBoot{Launch: launch})
 }
 
-// tell sends a boot message and answers with what was launched.
-func (p *agentProcess) tell(ctx context.Context, rights []byte, boot spec.ContainerBoot) ([]byte, error) {
+// tell sends a boot message, and files with it, and answers with what was launched.
+func (p *agentProcess) tell(ctx context.Context, files []*os.File, boot spec.ContainerBoot) ([]byte, error) {
 	limit, size := bootTimeout, smallBootResult
 	launch := boot.Launch
 	if launch != nil {
@@ -209,7 +214,7 @@ func (p *agentProcess) tell(ctx context.Context, rights []byte, boot spec.Contai
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the boot message: %w", err)
 	}
-	if _, _, err := p.boot.WriteMsgUnix(msg, rights, nil); err != nil {
+	if _, _, err := p.boot.WriteMsgUnix(msg, rightsOf(files), nil); err != nil {
 		return nil, p.explain(ctx, "cannot send the boot message", err)
 	}
 	buf := make([]byte, size)

@@ -140,7 +140,7 @@ func TestAgentThatCannotBecomeOneSaysWhy(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer null.Close() //nolint:errcheck // a test's
-	_, err = p.introduce(t.Context(), null, null, nil)
+	_, err = p.introduce(t.Context(), []*os.File{null, null}, nil)
 	if err == nil || !strings.Contains(err.Error(), "cannot enter a cgroup: bad file descriptor") {
 		t.Errorf("a process without its cgroup: %v", err)
 	}

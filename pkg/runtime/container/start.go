@@ -43,11 +43,13 @@ type start struct {
 	base     uint32
 	group    *cgroup.Group
 	listener *os.File
-	agent    *agentProcess
-	layer    *os.File // a mount of the writable layer, attached nowhere
-	fresh    bool     // the layer was made by this start
-	root     *os.File
-	held     held
+	// Where the agent forks what the workload is: see cgroup.Group.InnerDoor. Nil where nothing is limited.
+	innerDoor *os.File
+	agent     *agentProcess
+	layer     *os.File // a mount of the writable layer, attached nowhere
+	fresh     bool     // the layer was made by this start
+	root      *os.File
+	held      held
 
 	// What its root was made like ahead of time; nil if it was not.
 	prepared *preparation
@@ -221,7 +223,7 @@ func (st *start) undo(ctx context.Context) error {
 
 // close gives back what only the making needed. After success the instance has the rest.
 func (st *start) close() {
-	for _, f := range []**os.File{&st.listener, &st.layer, &st.root, &st.held.mounts} {
+	for _, f := range []**os.File{&st.listener, &st.innerDoor, &st.layer, &st.root, &st.held.mounts} {
 		if *f != nil {
 			_ = (*f).Close() // the agent has its own copies
 			*f = nil
@@ -259,6 +261,9 @@ func (st *start) limits() cgroup.Limits {
 	if weaken.Without("list of devices") {
 		limits.Devices = nil
 	}
+	if weaken.Without("room for the agent") {
+		limits.InnerPids = 0
+	}
 	if weaken.Without("limits of the cgroup") {
 		limits = cgroup.Limits{Devices: limits.Devices}
 	}
@@ -270,7 +275,23 @@ func (st *start) prepareGroup(context.Context) (err error) {
 	return err
 }
 
-func (st *start) makeGroup(context.Context) error { return st.group.Complete(st.limits()) }
+func (st *start) makeGroup(context.Context) (err error) {
+	limits := st.limits()
+	if err := st.group.Complete(limits); err != nil || limits.InnerPids == 0 {
+		return err
+	}
+	st.innerDoor, err = st.group.InnerDoor()
+	return err
+}
+
+// bootFiles go to the agent with its first boot message.
+func (st *start) bootFiles() []*os.File {
+	files := []*os.File{st.root, st.listener}
+	if st.innerDoor != nil {
+		files = append(files, st.innerDoor)
+	}
+	return files
+}
 
 func (st *start) makeSocket(context.Context) (err error) {
 	st.listener, err = listen(st.r.dir(st.s.ID))
@@ -402,7 +423,7 @@ func (st *start) introduce(ctx context.Context) (err error) {
 	if st.prepared != nil {
 		st.launched, err = st.agent.introducePrepared(ctx, launch)
 	} else {
-		st.launched, err = st.agent.introduce(ctx, st.root, st.listener, launch)
+		st.launched, err = st.agent.introduce(ctx, st.bootFiles(), launch)
 	}
 	if err != nil {
 		return err

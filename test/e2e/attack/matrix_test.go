@@ -313,6 +313,7 @@ var elsewhere = map[string]string{
 	"removal of strays":                         "test/e2e/crash",
 	"record of an exit before its sandbox goes": "test/e2e/crash",
 	"take signals":                              "TestNegativeControls",
+	"room for the agent":                        "TestForkBombControl",
 	"bound answers":                             "TestRogueAgent",
 	"match answers with calls":                  "TestRogueAgent",
 	"tell how processes end":                    "TestRogueAgent, where it is no protection but an attack",
