@@ -7,9 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/pkg/agent"
 	"github.com/sandboxd/sandboxd/pkg/agent/guest"
@@ -68,14 +71,34 @@ func TestPlain(t *testing.T) {
 	if b, err := os.ReadFile(filepath.Join(dir, "to", "file")); err != nil || string(b) != "content" {
 		t.Errorf("copied %q %v", b, err)
 	}
-	left := s.mustStart("sleep", "1000")
+	s.mustStart("sleep", "1000")
+	for script, want := range map[string]spec.Exit{
+		"sleep 1000 >/dev/null 2>&1 & echo $!; kill -TERM $$": {Code: 128 + 15, Signal: 15},
+		"sleep 1000 >/dev/null 2>&1 & echo $!; exit 9":        {Code: 9},
+	} {
+		r := s.run(process{args: []string{"sh", "-c", script}})
+		orphan, err := strconv.Atoi(strings.TrimSpace(r.stdout))
+		if err != nil || r.exit.Code != want.Code || r.exit.Signal != want.Signal {
+			t.Fatalf("%q: %+v", script, r)
+		}
+		pidfd, err := unix.PidfdOpen(orphan, 0)
+		if err != nil {
+			t.Fatalf("what a process left running has ended with it: %v", err)
+		}
+		t.Cleanup(func() {
+			defer unix.Close(pidfd)
+			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(patience.Milliseconds())); err != nil || n != 1 {
+				t.Errorf("what %q left running runs on: %d, %v", script, n, err)
+				_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+			}
+		})
+	}
 	if err := s.Shutdown(t.Context(), 0); err != nil {
 		t.Error(err)
 	}
 	if err := <-served; err != nil {
 		t.Error(err)
 	}
-	_ = left
 }
 
 // TestNoPlainAgentInProgram: the agent without walls is not in the program that walls are built around.

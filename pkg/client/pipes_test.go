@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -158,6 +160,44 @@ func TestCarryToNobody(t *testing.T) {
 	}
 }
 
+// eventually waits for what tells nobody that it has come about.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("never: " + what)
+		}
+	}
+}
+
+// awaitFull waits until nothing more can be written to a pipe: POLLOUT says that there is room for a page.
+func awaitFull(t *testing.T, w *os.File) {
+	t.Helper()
+	conn, err := w.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the pipe is full", func() bool {
+		var ready int
+		var perr error
+		if err := conn.Control(func(fd uintptr) {
+			ready, perr = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0)
+		}); err != nil || perr != nil && !errors.Is(perr, unix.EINTR) {
+			t.Fatal(err, perr)
+		}
+		return ready == 0 && perr == nil
+	})
+}
+
+// awaitHeldUp waits until whoever carries output has found its target full, by its goroutine's stack.
+func awaitHeldUp(t *testing.T) {
+	t.Helper()
+	all := make([]byte, 1<<20)
+	eventually(t, "what carries waits for room", func() bool {
+		return strings.Contains(string(all[:goruntime.Stack(all, true)]), "client.(*pipes).awaitRoom(")
+	})
+}
+
 // Who gives up while nobody reads is not held up.
 func TestGiveUpWhileFull(t *testing.T) {
 	p, theirs := testPipes(t)
@@ -172,7 +212,8 @@ func TestGiveUpWhileFull(t *testing.T) {
 		_, err := theirs[0].Write(make([]byte, 1<<20))
 		written <- err
 	}()
-	time.Sleep(50 * time.Millisecond) // by then, most likely, both are full; it must hold at any time
+	awaitFull(t, w)
+	awaitFull(t, theirs[0])
 	done := make(chan error, 1)
 	go func() { done <- p.giveUp() }()
 	select {
@@ -208,7 +249,7 @@ func TestCarryEndsWhileFull(t *testing.T) {
 	theirs[1].Close()
 	done := make(chan struct{})
 	go func() { p.done.Wait(); close(done) }()
-	time.Sleep(50 * time.Millisecond) // by then it has most likely seen the end
+	awaitHeldUp(t)
 	if _, err := io.CopyN(io.Discard, r, int64(size)); err != nil {
 		t.Fatal(err)
 	}

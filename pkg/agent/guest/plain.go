@@ -19,7 +19,7 @@ import (
 
 // ServePlain is an agent WITHOUT WALLS for tests of what lies above the runtimes: it serves on l from the caller's own
 // process until ctx is done or Shutdown was called. The container's root is the caller's, no process is confined and user,
-// rlimits and capabilities are ignored. Everything it started has ended when it returns.
+// rlimits and capabilities are ignored. Everything it started has ended when it returns, but what made a session of its own.
 //
 // No program may call it: a test of this package looks for it in the built sandbox-agent, where the linker leaves out what
 // nothing calls.
@@ -31,6 +31,9 @@ func ServePlain(ctx context.Context, l net.Listener) error {
 	w.mu.Unlock()
 	_ = w.signalAll(unix.SIGKILL)
 	w.owned.Wait()
+	for _, pid := range w.leaders {
+		_, _ = ignoringEINTR(func() (int, error) { return unix.Wait4(pid, nil, 0, nil) })
+	}
 	return err
 }
 
@@ -39,7 +42,10 @@ type plainWall struct {
 
 	mu     sync.Mutex // held while something is begun
 	closed bool
-	owned  sync.WaitGroup
+	// Of all process groups that were ever started. Each is a child and, once it has ended, a zombie until ServePlain returns:
+	// as long as it is, its number is no other process's, and what it left running can be signalled by it.
+	leaders []int
+	owned   sync.WaitGroup
 }
 
 var errPlainClosed = errors.New("the agent has ended")
@@ -90,7 +96,8 @@ func (w *plainWall) spawn(c *confined, stdio [3]*os.File, ended func(unix.WaitSt
 		var pid int
 		pid, err = w.children.start(func() (int, error) { return syscall.ForkExec(program, c.Args, attr) }, ended)
 		if err == nil {
-			w.owned.Go(func() { w.children.reapOne(pid) })
+			w.leaders = append(w.leaders, pid)
+			w.owned.Go(func() { w.children.awaitOne(pid) })
 			return pid, nil
 		}
 		if !errors.Is(err, unix.ENOENT) {
@@ -133,9 +140,9 @@ func (w *plainWall) signal(p *process, sig syscall.Signal) error {
 
 // signalAll reaches the process groups of what was started here, and no other: this is no PID 1.
 func (w *plainWall) signalAll(sig syscall.Signal) error {
-	w.children.mu.Lock()
-	defer w.children.mu.Unlock()
-	for pid := range w.children.byPID {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, pid := range w.leaders {
 		if err := unix.Kill(-pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
 			return err
 		}
