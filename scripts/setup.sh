@@ -2,7 +2,7 @@
 # Gets what this project needs from outside: packages, Go modules, a guest kernel, two images. What is there already is
 # left alone, so that a second run needs no network.
 #
-#   scripts/setup.sh            everything for `make test` and `make demo`
+#   scripts/setup.sh            everything for `make demo`, and for `make test` but what it gets itself
 #   scripts/setup.sh PART...    packages, modules, kernel, busybox, debian, node, lint-packages, bench-packages
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -214,7 +214,7 @@ main() {
 	# Two makes in one tree wait for each other here instead of tearing each other's downloads.
 	exec {lock}>"$CACHE/setup.lock"
 	flock --wait "$LOCK_SECONDS" "$lock" || fail "cannot get $CACHE/setup.lock: another setup has had it for $LOCK_SECONDS s"
-	(($# > 0)) || set -- packages modules kernel busybox debian node
+	(($# > 0)) || set -- packages modules kernel busybox debian
 	local part
 	for part in "$@"; do
 		run_part "$part"

@@ -49,7 +49,10 @@ unit() {
 }
 
 # One package at a time: what a test leaves is looked for on the whole host.
-e2e() { go_test "scenarios" -timeout "$E2E_TIMEOUT" -p 1 ./test/e2e/...; }
+e2e() {
+	"$ROOT/scripts/setup.sh" node
+	go_test "scenarios" -timeout "$E2E_TIMEOUT" -p 1 ./test/e2e/...
+}
 
 host() { go_test "in the test host" -timeout "$HOST_TIMEOUT" ./test/testhost; }
 

@@ -56,7 +56,7 @@ func TestExampleClients(t *testing.T) {
 	program(t, buildPatience, nil, "scripts/proto.sh", "descriptors", descriptors)
 	modules := filepath.Join(harness.Cache, "node", "node_modules")
 	if _, err := os.Stat(modules); err != nil {
-		t.Fatalf("no packages of the example in JavaScript: run make test-assets: %v", err)
+		t.Fatalf("no packages of the example in JavaScript: run scripts/setup.sh node: %v", err)
 	}
 
 	var tcp []string // the same flags in both
