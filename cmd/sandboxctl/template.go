@@ -65,11 +65,11 @@ func (a *app) printTemplates(templates []*sandboxdv1.Template, quiet bool) error
 			scope = "everybody"
 		}
 		rows = append(rows, []string{
-			short(t.GetId()), short(t.GetImage()), fmt.Sprint(t.GetCpus()), size(t.GetMemoryBytes()), scope, fmt.Sprint(t.GetClones()),
+			short(t.GetId()), short(t.GetImage()), fmt.Sprint(t.GetCpus()), size(t.GetMemoryBytes()), scope, fmt.Sprint(t.GetClones()), fmt.Sprint(t.GetWaiting()),
 			size(t.GetDiskBytes()), age(now.Sub(t.GetMadeAt().AsTime())) + " ago",
 		})
 	}
-	return table(a.stdout, []string{"ID", "IMAGE", "CPUS", "MEMORY", "FOR", "CLONES", "ON DISK", "MADE"}, rows)
+	return table(a.stdout, []string{"ID", "IMAGE", "CPUS", "MEMORY", "FOR", "CLONES", "WAITING", "ON DISK", "MADE"}, rows)
 }
 
 func (a *app) templateBuildCommand() *cobra.Command {

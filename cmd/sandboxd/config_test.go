@@ -36,7 +36,7 @@ func TestEveryFlagIsAKey(t *testing.T) {
 		"listen": "unix:///x,tcp://1.2.3.4:5", "socket-group": "g", "state-dir": "/s", "run-dir": "/r", "id-dir": "/i", "policy": "/p",
 		"access": "/ac", "audit-log": "/au", "max-memory": "5g", "max-pids": "7", "max-workloads-per-caller": "8", "min-disk-free": "9m", "metrics-addr": "127.0.0.1:1", "audit-log-size": "3m", "audit-log-keep": "2", "tls-cert": "/tc", "tls-key": "/tk", "tls-client-ca": "/ca", "vm-accel": "tcg",
 		"vm-kernel": "/k", "vm-kvm-trial": "3s", "agent": "/a", "vsock-helper": "/v", "cgroup-parent": "c", "log-level": "warn", "log-format": "json", "trace": "/t", "cni-conf-dir": "/n", "cni-plugin-dir": "/q", "agent-pool": "3",
-		"vm-templates": "on", "vm-templates-max": "3", "vm-templates-mib": "512", "vm-templates-shared": "true", "vm-templates-label": "owner",
+		"vm-templates": "on", "vm-templates-max": "3", "vm-templates-mib": "512", "vm-templates-shared": "true", "vm-templates-label": "owner", "vm-pool": "2", "vm-pool-mib": "700",
 	}
 	var lines []string
 	for key, value := range values {
@@ -74,6 +74,9 @@ func TestConfigRefused(t *testing.T) {
 		{"vm-accel: fast\n", "kvm, auto or tcg"},
 		{"vm-templates: maybe\n", "on or off"},
 		{"vm-templates-max: 0\n", "between 1 and 1024"},
+		{"vm-pool: 65\nvm-templates: on\n", "between 0 and 64"},
+		{"vm-pool: 1\n", "--vm-templates on"},
+		{"vm-pool-mib: 0\n", "between 1 and"},
 		{"log-format: xml\n", "console or json"},
 		{"listen: tcp://1.2.3.4:5\n", "Unix socket"},
 		{"listen: unix:///a,unix:///b\n", "one address"},

@@ -48,6 +48,20 @@ func Open(path string) (*Log, error) {
 	return l, l.openLocked()
 }
 
+// Keep has what is said from now on kept at path, in a log that kept nothing so far; for an empty path it goes on like that.
+func (l *Log) Keep(path string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if path == "" {
+		return nil
+	}
+	if l.file != nil || l.path != "" {
+		return fmt.Errorf("cannot keep the console's log at %s: it is kept elsewhere", path)
+	}
+	l.path = path
+	return l.openLocked()
+}
+
 func (l *Log) openLocked() error {
 	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 	if err != nil {

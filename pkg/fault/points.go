@@ -52,6 +52,8 @@ var points = []struct {
 		"directory made", "transport made", "recorded", "ids", "cgroup", "work directory", "layer",
 		"network card", "helper runs", "QEMU runs", "processes recorded", "agent heard",
 	}},
+	{"vm template", vm, []string{"guest stands", "taken", "memory written", "kept"}},
+	{"vm from the pool", vm, []string{"made", "directory named", "layer named", "goes on", "recorded"}},
 	{"vm end", vm, []string{"begun", "cgroup deleted", "processes ended", "ids", "layer deleted", "directory removed"}},
 	{"vm guest", vm, []string{"half written", "kernel written"}},
 

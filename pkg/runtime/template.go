@@ -33,6 +33,8 @@ type Template struct {
 	MadeAt, UsedAt time.Time
 	// Sandboxes cloned from it since the daemon began.
 	Clones int
+	// Clones made ahead of time that wait for a sandbox.
+	Waiting int
 	// What it takes on the disk.
 	DiskBytes uint64
 }

@@ -52,6 +52,6 @@ func templateToAPI(t runtime.Template) *sandboxdv1.Template {
 	return &sandboxdv1.Template{
 		Id: t.ID, Image: strings.Replace(image, "-", ":", 1), Scope: validUTF8(t.Scope), Cpus: t.CPUs, MemoryBytes: t.MemoryBytes,
 		Accelerator: t.Accelerator, AgentTransport: t.AgentTransport, MadeAt: timeToAPI(t.MadeAt), UsedAt: timeToAPI(t.UsedAt),
-		Clones: uint64(t.Clones), DiskBytes: t.DiskBytes,
+		Clones: uint64(t.Clones), Waiting: uint64(t.Waiting), DiskBytes: t.DiskBytes,
 	}
 }

@@ -23,6 +23,9 @@ func (r *Runtime) Attach(ctx context.Context, id string) (runtime.Instance, erro
 	if err != nil {
 		return nil, err
 	}
+	if rec.Waits { // half handed out when its daemon died: it is as good as never started
+		return nil, runtime.ErrNotRunning
+	}
 	i, err := r.reopen(rec)
 	if err != nil {
 		return nil, fmt.Errorf("cannot attach to microVM %s: %w", id, err)
@@ -49,7 +52,7 @@ func (r *Runtime) running(id string) *instance {
 
 // reopen finds what a record speaks of.
 func (r *Runtime) reopen(rec record) (_ *instance, err error) {
-	group, err := cgroup.Load(rec.CgroupParent, rec.ID)
+	group, err := cgroup.Load(rec.CgroupParent, rec.madeAs())
 	if spec.KindOf(err) == spec.KindNotFound {
 		return nil, runtime.ErrNotRunning
 	}

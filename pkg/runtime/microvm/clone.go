@@ -1,6 +1,7 @@
 package microvm
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -33,6 +34,7 @@ const (
 
 // startFrom starts a VM the quickest way there is: as a clone where there is a template for it, else by booting it.
 func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel string) (*instance, error) {
+	defer r.pool.begin()()
 	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
 	if r.templates == nil || s.ImagePath == "" {
 		return b.run(ctx)
@@ -41,11 +43,26 @@ func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel
 	if err != nil {
 		return nil, err
 	}
+	waiting, err := r.startFromPool(ctx, s, key)
+	if waiting != nil {
+		r.pool.want(s, key, g, accel)
+		return waiting, nil
+	}
+	if ctx.Err() != nil {
+		return nil, err
+	}
+	if err != nil { // one clone's own trouble: the template may be as good as ever
+		r.cfg.Logger.Warn("a clone that had waited did not go on, another is made", zap.String("sandbox", s.ID), zap.String("template", key.short()), zap.Error(err))
+		b.note = fmt.Sprintf("a clone that had waited did not go on: %v", err)
+	}
 	t, note := r.templates.find(key)
 	if t != nil {
 		defer t.release()
-		c := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: cloneTimeout, clone: t}
+		c := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: cloneTimeout, clone: t, note: b.note}
 		i, err := c.run(ctx)
+		if err == nil {
+			r.pool.want(s, key, g, accel)
+		}
 		if err == nil || ctx.Err() != nil || spec.KindOf(err) == spec.KindAlreadyExists {
 			return i, err
 		}
@@ -58,7 +75,7 @@ func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel
 	if note != "" {
 		r.cfg.Logger.Warn("a VM is booted although there was a template", zap.String("sandbox", s.ID), zap.String("template", key.short()), zap.String("why", note))
 	}
-	b.note = note
+	b.note = cmp.Or(note, b.note)
 	i, err := b.run(ctx)
 	if err == nil {
 		r.wantTemplate(key, s, g, accel)
@@ -67,7 +84,10 @@ func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel
 }
 
 func (b *boot) startedFrom() string {
-	if b.clone != nil {
+	switch {
+	case b.ahead:
+		return startedPool
+	case b.clone != nil:
 		return startedTemplate
 	}
 	return startedCold

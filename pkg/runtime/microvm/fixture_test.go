@@ -69,7 +69,7 @@ var programs = sync.OnceValues(func() (string, error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return dir, err
 	}
-	for _, pkg := range []string{"../../../cmd/sandbox-agent", "../../../cmd/sandbox-vsock", "./testdata/rogue", "./testdata/jailbreak"} {
+	for _, pkg := range []string{"../../../cmd/sandbox-agent", "../../../cmd/sandbox-vsock", "./testdata/rogue", "./testdata/jailbreak", "./testdata/draws"} {
 		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", dir+"/", pkg)
 		if built := os.Getenv(programsVariable); built != "" {
 			cmd = exec.Command("cp", filepath.Join(built, filepath.Base(pkg)), dir+"/")
@@ -100,7 +100,7 @@ const (
 	unseededAgent = "sandbox-agent-unseeded"
 )
 
-// busyboxImage makes dir/image.erofs, a root with busybox alone.
+// busyboxImage makes dir/image.erofs, a root with busybox and the program draws alone.
 func busyboxImage(dir string) error {
 	bin := filepath.Join(dir, "root", "bin")
 	if err := os.MkdirAll(bin, 0o755); err != nil {
@@ -115,6 +115,13 @@ func busyboxImage(dir string) error {
 		return err
 	}
 	if err := os.WriteFile(filepath.Join(bin, "busybox"), b, 0o755); err != nil {
+		return err
+	}
+	draws, err := os.ReadFile(filepath.Join(dir, "draws"))
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(bin, "draws"), draws, 0o755); err != nil {
 		return err
 	}
 	for _, name := range []string{"sh", "cat", "echo", "sleep", "uname", "true"} {

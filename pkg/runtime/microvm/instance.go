@@ -112,13 +112,13 @@ func (i *instance) follow() {
 			grace = time.After(endGrace)
 		case <-grace:
 			if err := i.group.Kill(); err != nil {
-				i.logger.Error("cannot kill what is left of a microVM", zap.String("sandbox", i.rec.ID), zap.Error(err))
+				i.logger.Error("cannot kill what is left of a microVM", zap.String("sandbox", i.name()), zap.Error(err))
 			}
 		}
 	}
 	i.endVoices((*voices).end)
 	i.why = i.explain(deaths)
-	i.logger.Info("microVM ended", zap.String("sandbox", i.rec.ID), zap.String("why", i.why), zap.Stringers("processes", deaths),
+	i.logger.Info("microVM ended", zap.String("sandbox", i.name()), zap.String("why", i.why), zap.Stringers("processes", deaths),
 		zap.String("qemu", quote(i.voices.qemu)), zap.String("helper", quote(i.voices.helper)))
 	i.forget()
 	close(i.done)
@@ -126,7 +126,7 @@ func (i *instance) follow() {
 
 func (i *instance) endVoices(how func(*voices) error) {
 	if err := how(i.voices); err != nil {
-		i.logger.Warn("the console's log of a microVM is incomplete", zap.String("sandbox", i.rec.ID), zap.Error(err))
+		i.logger.Warn("the console's log of a microVM is incomplete", zap.String("sandbox", i.name()), zap.Error(err))
 	}
 }
 
@@ -143,7 +143,7 @@ func (i *instance) forget() {
 		_ = first.Close() // nothing was said on it
 	}
 	if err := i.transport.Close(); err != nil {
-		i.logger.Warn("cannot close the transport of a microVM", zap.String("sandbox", i.rec.ID), zap.Error(err))
+		i.logger.Warn("cannot close the transport of a microVM", zap.String("sandbox", i.name()), zap.Error(err))
 	}
 }
 

@@ -79,6 +79,8 @@ type Runtime struct {
 
 	// Nil where there are none.
 	templates *templateStore
+	// Clones that wait; of size 0 without templates.
+	pool *pool
 	// Whatever makes templates; Close waits for it first.
 	makers sync.WaitGroup
 	// Done when the runtime is closed; what makes templates ends with it.
@@ -115,11 +117,17 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	r := &Runtime{cfg: cfg, tsc: sampleTSC(), instances: map[string]*instance{}}
 	r.life, r.quit = context.WithCancel(context.Background())
-	if cfg.Templates.On {
-		var err error
+	var err error
+	if r.pool, err = newPool(r, cfg.Templates.Pool); err != nil {
+		return nil, err
+	}
+	if !cfg.Templates.On {
+		r.pool.c.Size = 0
+	} else {
 		if r.templates, err = openTemplates(filepath.Join(cfg.StateDir, "microvm", templatesDir), cfg.Templates, cfg.Logger); err != nil {
 			return nil, err
 		}
+		r.templates.dropped = r.pool.dropped
 	}
 	r.hub, r.hubErr = newKernelHub(filepath.Join(cfg.StateDir, "microvm"), cfg.Logger)
 	return r, nil
@@ -130,6 +138,7 @@ func (r *Runtime) Close() error {
 	r.quit()
 	// Who makes a template removes its guest, which nobody must have let go of before.
 	r.makers.Wait()
+	r.pool.close()
 	r.mu.Lock()
 	for _, i := range r.instances {
 		i.abandon()
@@ -211,7 +220,7 @@ func (r *Runtime) List(context.Context) ([]string, error) {
 	}
 	var ids []string
 	for id := range seen {
-		if checkID(id) == nil {
+		if checkID(id) == nil && !r.pool.hides(id) {
 			ids = append(ids, id)
 		}
 	}

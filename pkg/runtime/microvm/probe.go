@@ -20,7 +20,7 @@ const (
 func (r *Runtime) Probe(ctx context.Context) runtime.Availability {
 	var a runtime.Availability
 	for _, look := range []func(context.Context, *runtime.Availability) runtime.Check{
-		r.checkQEMU, r.checkKernel, r.checkAgent, r.checkKVM, r.checkVsock, r.checkDisk, r.checkNetworkCard, r.checkAccelerator,
+		r.checkQEMU, r.checkKernel, r.checkAgent, r.checkKVM, r.checkVsock, r.checkDisk, r.checkNetworkCard, r.checkTemplates, r.checkAccelerator,
 	} {
 		c := look(ctx, &a)
 		a.Checks = append(a.Checks, c)
@@ -79,6 +79,24 @@ func (r *Runtime) checkNetworkCard(context.Context, *runtime.Availability) runti
 		return runtime.Check{Name: name, Result: checkWarning, Finding: g.networkErr.Error(), Advice: "use a guest kernel that has it: VMs can be joined to no network without it"}
 	}
 	return runtime.Check{Name: name, Result: checkOK, Finding: "VMs can be joined to networks by /dev/net/tun"}
+}
+
+// checkTemplates says what there is.
+func (r *Runtime) checkTemplates(context.Context, *runtime.Availability) runtime.Check {
+	const name = "templates"
+	if r.templates == nil {
+		return runtime.Check{Name: name, Result: checkOK, Finding: "off: each VM is booted"}
+	}
+	all := r.templates.list()
+	finding := fmt.Sprintf("%d of at most %d", len(all), r.templates.config.Max)
+	if size := r.pool.c.Size; size > 0 {
+		waiting := 0
+		for _, t := range all {
+			waiting += r.pool.waiting(templateKey(t.ID))
+		}
+		finding += fmt.Sprintf("; %d clones wait, %d are kept for each kind of VM that was started", waiting, size)
+	}
+	return runtime.Check{Name: name, Result: checkOK, Finding: finding}
 }
 
 func (r *Runtime) checkAgent(context.Context, *runtime.Availability) runtime.Check {

@@ -1,6 +1,7 @@
 package microvm
 
 import (
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -23,6 +24,8 @@ const (
 // again once the processes run: a daemon that died between the two left processes that only their cgroup names.
 type record struct {
 	ID string `json:"id"`
+	// The id by which its cgroup and its user id go: another where it had waited in a pool. Empty in records of earlier versions: ID.
+	MadeAs string `json:"madeAs,omitempty"`
 	// The boot of the host that it was written in: what it says of processes holds in no other.
 	Boot string `json:"boot,omitempty"`
 	// Where its cgroup is: the next daemon may be configured otherwise.
@@ -40,6 +43,8 @@ type record struct {
 	ConsolePath string `json:"consolePath,omitempty"`
 	// startedCold, startedTemplate or startedPool.
 	StartedFrom string `json:"startedFrom,omitempty"`
+	// It waits in a pool, stopped, or is not yet all that it was handed out as: nobody could speak with it.
+	Waits bool `json:"waits,omitempty"`
 	// Why not from a template, where there was one.
 	StartNote string `json:"startNote,omitempty"`
 	// What is written to its disk goes past the host's page cache.
@@ -82,6 +87,9 @@ func loadRecord(dir string) (record, error) {
 	}
 	return r, nil
 }
+
+// madeAs is the id by which its cgroup and its user id go.
+func (r record) madeAs() string { return cmp.Or(r.MadeAs, r.ID) }
 
 func (r record) token() (token bootToken, err error) {
 	b, err := hex.DecodeString(r.Token)

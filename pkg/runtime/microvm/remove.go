@@ -1,6 +1,7 @@
 package microvm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ func (r *Runtime) destroy(ctx context.Context, id string, keepLayer bool) error 
 		return err
 	}
 	fault.At("vm end", "processes ended")
-	if err := r.cfg.IDs.Release(id); err != nil {
+	if err := r.cfg.IDs.Release(r.madeAs(id)); err != nil {
 		return err
 	}
 	fault.At("vm end", "ids")
@@ -61,6 +62,15 @@ func (r *Runtime) destroy(ctx context.Context, id string, keepLayer bool) error 
 	return nil
 }
 
+// madeAs is the id by which the user id of a VM goes.
+func (r *Runtime) madeAs(id string) string {
+	rec, err := loadRecord(r.dir(id))
+	if err != nil {
+		return id // nothing was made of it that had another
+	}
+	return rec.madeAs()
+}
+
 // killAll kills everything in id's cgroup and removes that; then the processes of its record, should they be elsewhere:
 // what they use is about to be given to others.
 func (r *Runtime) killAll(ctx context.Context, id string) error {
@@ -72,7 +82,7 @@ func (r *Runtime) killAll(ctx context.Context, id string) error {
 	if i := r.running(id); i != nil {
 		i.killed.Store(true)
 	}
-	group, err := cgroup.Load(rec.CgroupParent, id)
+	group, err := cgroup.Load(rec.CgroupParent, cmp.Or(rec.madeAs(), id))
 	if err == nil {
 		err = group.Delete(ctx)
 	}

@@ -65,6 +65,8 @@ type boot struct {
 	// Set for a guest that becomes a template, or for one that is cloned from one.
 	making *making
 	clone  *template
+	// A clone that is made ahead of time.
+	ahead bool
 	// Why it is booted although there was a template.
 	note string
 
@@ -184,10 +186,10 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 	}()
 	fault.At("vm start", "transport made")
 	b.rec = record{
-		ID: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(),
+		ID: b.sandbox.ID, MadeAs: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(),
 		Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath,
 		StartedFrom: b.startedFrom(), StartNote: b.note, SharedBytes: b.clone.sharedBytes(),
-		DirectDisk: b.sandbox.Resources.LimitsWrites(),
+		DirectDisk: b.sandbox.Resources.LimitsWrites(), Waits: b.ahead,
 	}
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err

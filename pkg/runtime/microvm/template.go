@@ -58,6 +58,8 @@ type TemplateConfig struct {
 	MaxBytes uint64
 	// How long after a boot a template is made of it; 0 for defaultTemplateDelay.
 	Delay time.Duration
+	// Clones that wait.
+	Pool PoolConfig
 }
 
 // templateKey names a template by everything that it depends on.
@@ -215,6 +217,9 @@ type templateStore struct {
 	config TemplateConfig
 	log    *zap.Logger
 
+	// Called with the key of each template that is dropped or replaced, with mu held.
+	dropped func(templateKey)
+
 	// Held while a template is made: one at a time.
 	making sync.Mutex
 
@@ -241,7 +246,8 @@ func openTemplates(dir string, config TemplateConfig, log *zap.Logger) (*templat
 	config.Delay = cmp.Or(config.Delay, defaultTemplateDelay)
 	s := &templateStore{
 		dir: dir, config: config, log: log,
-		known: map[templateKey]*templateEntry{}, wanted: map[templateKey]bool{}, failed: map[templateKey]time.Time{},
+		dropped: func(templateKey) {},
+		known:   map[templateKey]*templateEntry{}, wanted: map[templateKey]bool{}, failed: map[templateKey]time.Time{},
 	}
 	if err := makePrivateDir(dir); err != nil {
 		return nil, err
@@ -299,6 +305,28 @@ func (s *templateStore) find(key templateKey) (t *template, note string) {
 	return e.loaded, ""
 }
 
+// current answers with the template for key, held, if it is loaded: nobody is waited for.
+func (s *templateStore) current(key templateKey) *template {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.known[key]
+	if e == nil || e.loaded == nil {
+		return nil
+	}
+	e.loaded.hold()
+	return e.loaded
+}
+
+// note counts a clone that was made ahead of time, now that it is used.
+func (s *templateStore) note(key templateKey) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.known[key]; e != nil {
+		e.used = time.Now()
+		e.clones++
+	}
+}
+
 // add takes t over, making room for it, and keeps it below the state directory.
 func (s *templateStore) add(t *template) error {
 	if err := saveTemplate(s.dir, t); err != nil {
@@ -309,6 +337,7 @@ func (s *templateStore) add(t *template) error {
 	if old := s.known[t.meta.Key]; old != nil && old.loaded != nil {
 		old.loaded.release()
 	}
+	s.dropped(t.meta.Key)
 	t.held = 1
 	s.known[t.meta.Key] = &templateEntry{meta: t.meta, loaded: t, used: time.Now()}
 	delete(s.failed, t.meta.Key)
@@ -355,6 +384,7 @@ func (s *templateStore) dropLocked(key templateKey) error {
 		return nil
 	}
 	delete(s.known, key)
+	s.dropped(key)
 	if e.loaded != nil {
 		e.loaded.release()
 	}

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/pkg/fault"
 )
 
 // copyChunk is how much of a memory is copied at once, and the grain of its holes.
@@ -43,6 +45,7 @@ func saveTemplate(dir string, t *template) (err error) {
 			return err
 		}
 	}
+	fault.At("vm template", "memory written")
 	meta, err := json.Marshal(t.meta)
 	if err != nil {
 		return err

@@ -23,7 +23,11 @@ func (r *Runtime) Templates(context.Context) ([]runtime.Template, error) {
 	if r.templates == nil {
 		return nil, errNoTemplates()
 	}
-	return r.templates.list(), nil
+	list := r.templates.list()
+	for n := range list {
+		list[n].Waiting = r.pool.waiting(templateKey(list[n].ID))
+	}
+	return list, nil
 }
 
 // BuildTemplate implements runtime.Templater.

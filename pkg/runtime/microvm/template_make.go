@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -101,8 +102,10 @@ func (r *Runtime) makeTemplate(ctx context.Context, key templateKey, s spec.Sand
 		t.release()
 		return err
 	}
+	fault.At("vm template", "kept")
 	r.cfg.Logger.Info("made a template", zap.String("template", key.short()), zap.String("image", s.ImagePath),
 		zap.Uint64("memory", t.meta.MemoryBytes), zap.Duration("took", time.Since(began).Round(time.Millisecond)))
+	r.pool.want(s, key, g, accel)
 	return nil
 }
 
@@ -133,12 +136,14 @@ func (r *Runtime) bootTemplate(ctx context.Context, t *template, s spec.Sandbox,
 	if err != nil {
 		return err
 	}
+	fault.At("vm template", "guest stands")
 	err = i.takeState(ctx, t.state)
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	if err := errors.Join(err, r.destroy(undo, s.ID, false)); err != nil {
 		return err
 	}
+	fault.At("vm template", "taken")
 	// Only now nobody has it mapped to write.
 	if err := seal(t.memory); err != nil {
 		return err

@@ -30,7 +30,6 @@ const (
 // kernel has no vsock, for QEMU can't clone a vhost-user device. The port is a Unix socket of QEMU's that serves one
 // connection at a time.
 type portTransport struct {
-	dir    string
 	record transportRecord
 	// Done when the transport is closed.
 	life  context.Context
@@ -40,6 +39,7 @@ type portTransport struct {
 	connecting chan struct{}
 
 	mu    sync.Mutex
+	dir   string    // guarded by mu: where its socket is
 	token bootToken // guarded by mu: zero until the guest was adopted
 	link  *portLink // guarded by mu: nil if there is none
 }
@@ -79,6 +79,13 @@ func (t *portTransport) adopted(token bootToken) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.token = token
+}
+
+// moved says where its socket is now.
+func (t *portTransport) moved(dir string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dir = dir
 }
 
 // Close implements transport. What runs over the port ends with it.
@@ -134,7 +141,7 @@ func (t *portTransport) connect(ctx context.Context) (*portLink, error) {
 		return nil, ctx.Err()
 	}
 	t.mu.Lock()
-	link, token := t.link, t.token
+	link, token, dir := t.link, t.token, t.dir
 	t.mu.Unlock()
 	if link != nil {
 		select {
@@ -144,7 +151,7 @@ func (t *portTransport) connect(ctx context.Context) (*portLink, error) {
 			return link, nil
 		}
 	}
-	link, err := newPortLink(ctx, t.dir, token)
+	link, err := newPortLink(ctx, dir, token)
 	if err != nil {
 		return nil, err
 	}

@@ -266,6 +266,9 @@ func TestDaemonDiesAtEveryPoint(t *testing.T) {
 		if p.place == poolPlace {
 			continue // TestDaemonWithPoolDies
 		}
+		if p.place == templatePlace || p.place == vmPoolPlace {
+			continue // TestDaemonWithVMPoolDies
+		}
 		walls := wallsOf(p)
 		if !*whole {
 			walls = walls[:1]

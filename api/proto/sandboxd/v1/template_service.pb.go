@@ -42,7 +42,9 @@ type Template struct {
 	// VMs cloned from it since the daemon began.
 	Clones uint64 `protobuf:"varint,349,opt,name=clones,proto3" json:"clones,omitempty"`
 	// What it takes on the disk.
-	DiskBytes     uint64 `protobuf:"varint,350,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	DiskBytes uint64 `protobuf:"varint,350,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Clones made ahead of time that wait for a VM: see sandboxd --vm-pool.
+	Waiting       uint64 `protobuf:"varint,351,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -150,6 +152,13 @@ func (x *Template) GetClones() uint64 {
 func (x *Template) GetDiskBytes() uint64 {
 	if x != nil {
 		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *Template) GetWaiting() uint64 {
+	if x != nil {
+		return x.Waiting
 	}
 	return 0
 }
@@ -435,7 +444,7 @@ var File_sandboxd_v1_template_service_proto protoreflect.FileDescriptor
 
 const file_sandboxd_v1_template_service_proto_rawDesc = "" +
 	"\n" +
-	"\"sandboxd/v1/template_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asandboxd/v1/workload.proto\"\xf4\x02\n" +
+	"\"sandboxd/v1/template_service.proto\x12\vsandboxd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asandboxd/v1/workload.proto\"\x8f\x03\n" +
 	"\bTemplate\x12\x0f\n" +
 	"\x02id\x18\xd4\x02 \x01(\tR\x02id\x12\x15\n" +
 	"\x05image\x18\xd5\x02 \x01(\tR\x05image\x12\x15\n" +
@@ -448,7 +457,8 @@ const file_sandboxd_v1_template_service_proto_rawDesc = "" +
 	"\aused_at\x18\xdc\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06usedAt\x12\x17\n" +
 	"\x06clones\x18\xdd\x02 \x01(\x04R\x06clones\x12\x1e\n" +
 	"\n" +
-	"disk_bytes\x18\xde\x02 \x01(\x04R\tdiskBytes\"\x16\n" +
+	"disk_bytes\x18\xde\x02 \x01(\x04R\tdiskBytes\x12\x19\n" +
+	"\awaiting\x18\xdf\x02 \x01(\x04R\awaiting\"\x16\n" +
 	"\x14ListTemplatesRequest\"L\n" +
 	"\x15ListTemplatesResponse\x123\n" +
 	"\ttemplates\x18\x01 \x03(\v2\x15.sandboxd.v1.TemplateR\ttemplates\"\xa4\x02\n" +
