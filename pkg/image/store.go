@@ -44,6 +44,7 @@ type Image struct {
 //
 //	images.db  names and what is known of each image (bbolt)
 //	erofs/     one file per image, mode 0444: sha256-<hex>.erofs
+//	known/     what images.db says of each image, to make it anew from: sha256-<hex>.json
 //	tmp/       what is being made; emptied by Open
 //
 // An image is in the store when images.db says so, which is written last. A file without a record is what a kill left, and
@@ -80,12 +81,12 @@ func Open(dir string, log *zap.Logger) (*Store, error) {
 	if log == nil {
 		log = zap.NewNop()
 	}
-	for _, d := range []string{dir, filepath.Join(dir, erofsDir), filepath.Join(dir, tmpDir)} {
+	for _, d := range []string{dir, filepath.Join(dir, erofsDir), filepath.Join(dir, knownDir), filepath.Join(dir, tmpDir)} {
 		if err := makeDir(d); err != nil {
 			return nil, fmt.Errorf("cannot open the image store: %w", err)
 		}
 	}
-	records, err := openRecords(filepath.Join(dir, "images.db"))
+	records, err := openRecords(dir, log)
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the image store: %w", err)
 	}
@@ -138,11 +139,20 @@ func (s *Store) clean() error {
 	if err != nil {
 		return err
 	}
+	copies, err := damagedRecords(s.dir)
+	if err != nil {
+		return err
+	}
 	there := map[string]bool{}
 	for _, e := range files {
 		digest, err := digestOfFile(e.Name())
 		if _, ok := known[digest]; ok && err == nil {
 			there[digest] = true
+			continue
+		}
+		if len(copies) > 0 {
+			s.log.Warn("keeping an image file without a record: it may be of an image whose record is lost; import the image again, or remove the copies of the damaged records, and start sandboxd again",
+				zap.String("file", e.Name()), zap.Strings("copies", copies))
 			continue
 		}
 		s.log.Info("removing an image file that was never finished", zap.String("file", e.Name()))

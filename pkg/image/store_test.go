@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"go.uber.org/zap"
+
 	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
@@ -175,7 +177,7 @@ func TestOpenCleans(t *testing.T) {
 
 func TestOneProcessAtATime(t *testing.T) {
 	s := newStore(t)
-	_, err := openRecordsWait(filepath.Join(s.dir, "images.db"), 1)
+	_, err := openRecordsWait(s.dir, 1, zap.NewNop())
 	wantKind(t, err, spec.KindWrongState, "in use by another process")
 }
 
