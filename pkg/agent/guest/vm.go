@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -70,9 +71,14 @@ func runVM() error {
 		return fmt.Errorf("cannot open the random device: %w", err)
 	}
 	w := &vmWall{pidOne: newPidOne(), boot: boot, random: random}
+	w.root = sync.OnceValues(w.mountRoot)
 	listener, err := w.reachHost(token)
 	if err != nil {
 		return err
+	}
+	if token == nil {
+		// A clone, which may wait from here on: what it has done by then nobody waits for. An error is the container's, later.
+		_, _ = w.root()
 	}
 	err = serveAsPidOne(newService(w), w.pidOne, listener, func(*Service) error { return nil })
 	return errors.Join(err, w.settleDisk())
@@ -162,6 +168,8 @@ type vmWall struct {
 	disk   *os.File // the writable layer's root; nil before the container is entered
 	// Nil without one.
 	network *network
+	// mountRoot, once.
+	root func() (*os.File, error)
 }
 
 // configure implements wall.
@@ -194,7 +202,7 @@ func (w *vmWall) enter(config *specs.Spec, filter []byte) (*root, error) {
 	if w.cgroup, err = workloadCgroup(config); err != nil {
 		return nil, err
 	}
-	dir, err := w.mountRoot()
+	dir, err := w.root()
 	if err != nil {
 		return nil, err
 	}

@@ -322,7 +322,7 @@ func (p *pool) make(of poolOf, t *template) (*instance, error) {
 	b := &boot{r: p.r, sandbox: s, guest: of.guest, accel: of.accel, timeout: cloneTimeout, clone: t, ahead: true}
 	i, err := b.run(p.r.life)
 	if err == nil {
-		if err = i.stopForNow(p.r.life); err == nil {
+		if err = i.getReady(p.r.life); err == nil {
 			fault.At("vm from the pool", "made")
 			return i, nil
 		}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/pkg/agent"
 	"github.com/sandboxd/sandboxd/pkg/disk"
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/spec"
@@ -22,6 +23,30 @@ func (r *Runtime) hasLayer(id string) bool {
 }
 
 func (r *Runtime) layerDir(id string) string { return filepath.Dir(disk.LayerPath(r.cfg.StateDir, id)) }
+
+// getReady has a clone's agent do, and QEMU translate, what can be done before anybody is known whose it will be: its root is mounted
+// when it answers its first call. It is told name, time and random bytes again when it is.
+func (i *instance) getReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, cloneTimeout)
+	defer cancel()
+	client := agent.New(i.Dial, i.Done())
+	_, err := client.Configure(ctx, waitingName, nil)
+	client.Close()
+	if err != nil {
+		return err
+	}
+	conn, err := i.Dial(ctx) // its next one, so that a start need not wait for that
+	if err != nil {
+		return err
+	}
+	i.mu.Lock()
+	i.first = conn
+	i.mu.Unlock()
+	return i.stopForNow(ctx)
+}
+
+// waitingName is the host name of a clone that is nobody's.
+const waitingName = "waiting"
 
 // stopForNow stops a clone's processors, with it its clock. While it waits it takes no time of the host's.
 func (i *instance) stopForNow(ctx context.Context) error {
