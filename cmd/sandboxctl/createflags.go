@@ -23,7 +23,7 @@ type createFlags struct {
 	capAdd, capDrop, ulimits, securityOpts       []string
 	user, workdir, hostname, network, stopSignal string
 	entrypoint                                   string
-	readOnly, interactive, tty                   bool
+	readOnly, snapshots, interactive, tty        bool
 	// Of create and run only.
 	key string
 }
@@ -45,6 +45,7 @@ func (c *createFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&c.mounts, "mount", nil, "type=tmpfs,target=/x[,size=64m][,mode=1777][,readonly]; may be repeated")
 	f.StringArrayVar(&c.tmpfs, "tmpfs", nil, "/x[:size=64m,mode=1777,ro]; may be repeated")
 	f.BoolVar(&c.readOnly, "read-only", false, "the root file system refuses every write")
+	f.BoolVar(&c.snapshots, "snapshots", false, "snapshots of it can be taken, and it can be forked, while it runs: a VM without a network")
 	f.StringVar(&c.network, "network", "none", "none (loopback only), or a CNI network of the daemon's; sandboxctl doctor lists them")
 	f.StringSliceVar(&c.capAdd, "cap-add", nil, "capability beyond the default set; may be repeated")
 	f.StringSliceVar(&c.capDrop, "cap-drop", nil, "capability to take from it, or ALL; may be repeated")
@@ -76,7 +77,7 @@ func (c *createFlags) request(image string, command []string) (*sandboxdv1.Creat
 	}
 	spec := &sandboxdv1.WorkloadSpec{
 		Image: image, Isolation: isolation, Process: process, Resources: resources,
-		Hostname: c.hostname, Network: c.network, ReadOnlyRoot: c.readOnly, StopSignal: c.stopSignal,
+		Hostname: c.hostname, Network: c.network, ReadOnlyRoot: c.readOnly, Snapshots: c.snapshots, StopSignal: c.stopSignal,
 		CapAdd: upper(c.capAdd), CapDrop: upper(c.capDrop),
 	}
 	if spec.Seccomp, err = parseSecurityOpts(c.securityOpts); err != nil {

@@ -50,6 +50,7 @@ type config struct {
 	vmKVMTrial  time.Duration
 	vmKernel    string
 	templates   templateFlags
+	snapshots   snapshotFlags
 	agent       string
 	vsockHelper string
 	cgroup      string
@@ -95,6 +96,7 @@ func (c *config) flags() *pflag.FlagSet {
 	f.DurationVar(&c.vmKVMTrial, "vm-kvm-trial", 10*time.Second, "how long the guest that tries KVM out may take; a host that is itself emulated needs more")
 	f.StringVar(&c.vmKernel, "vm-kernel", "", "guest kernel, a vmlinuz; searched for when empty")
 	c.templates.register(f)
+	c.snapshots.register(f)
 	f.StringVar(&c.agent, "agent", "", "path of sandbox-agent (default: beside this program, else in "+libexec+")")
 	f.StringVar(&c.vsockHelper, "vsock-helper", "", "path of sandbox-vsock (default: beside this program, else in "+libexec+")")
 	f.StringVar(&c.cniConfDir, "cni-conf-dir", "/etc/cni/net.d", "directory of the networks workloads may join: CNI's *.conflist files")
@@ -204,6 +206,9 @@ func (c *config) check() error {
 	}
 	if c.auditSize < audit.MinSizeBytes || c.auditKeep < 1 {
 		return fmt.Errorf("cannot use --audit-log-size %s with --audit-log-keep %d: at least 1m and 1 are needed", c.auditSize.String(), c.auditKeep)
+	}
+	if err := c.snapshots.check(); err != nil {
+		return err
 	}
 	if err := c.templates.check(); err != nil {
 		return err

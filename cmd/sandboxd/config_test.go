@@ -37,6 +37,7 @@ func TestEveryFlagIsAKey(t *testing.T) {
 		"access": "/ac", "audit-log": "/au", "max-memory": "5g", "max-pids": "7", "max-workloads-per-caller": "8", "min-disk-free": "9m", "metrics-addr": "127.0.0.1:1", "audit-log-size": "3m", "audit-log-keep": "2", "tls-cert": "/tc", "tls-key": "/tk", "tls-client-ca": "/ca", "vm-accel": "tcg",
 		"vm-kernel": "/k", "vm-kvm-trial": "3s", "agent": "/a", "vsock-helper": "/v", "cgroup-parent": "c", "log-level": "warn", "log-format": "json", "trace": "/t", "cni-conf-dir": "/n", "cni-plugin-dir": "/q", "agent-pool": "3",
 		"vm-templates": "on", "vm-templates-max": "3", "vm-templates-mib": "512", "vm-templates-shared": "true", "vm-templates-label": "owner", "vm-pool": "2", "vm-pool-mib": "700",
+		"vm-snapshots-max": "5", "vm-snapshots-mib": "2048",
 	}
 	var lines []string
 	for key, value := range values {

@@ -120,8 +120,8 @@ func start(ctx context.Context, c config, log *zap.Logger) (_ *daemon, err error
 	manager, err := workload.New(workload.Config{
 		StateDir: c.stateDir, Log: log.Named("workload"),
 		Images: images, Policy: rules, Runtimes: runtimes, Host: host.facts, Networks: networks, Admission: c.admissionBounds(),
-		Templates: c.templates.sharing(),
-		Removed:   func(w workload.Workload, err error) { server.AuditRemoved(trail, log.Named("server"), w, err) },
+		Templates: c.templates.sharing(), Snapshots: c.snapshots.limits(),
+		Removed: func(w workload.Workload, err error) { server.AuditRemoved(trail, log.Named("server"), w, err) },
 	})
 	if err != nil {
 		return nil, err

@@ -27,6 +27,8 @@ const (
 	Delete  Verb = "delete"
 	Exec    Verb = "exec" // run processes in them, attach to theirs
 	Copy    Verb = "copy" // files, in and out
+	// Take snapshots of them and fork them; list, restore and remove those. Their memory with all its secrets goes on from there.
+	Snapshot Verb = "snapshot"
 	// Of images; on those whose names the role lists.
 	ImagesView   Verb = "images-view"
 	ImagesAdd    Verb = "images-add"
@@ -41,7 +43,7 @@ const (
 )
 
 // Verbs are all there are.
-var Verbs = []Verb{View, Logs, Create, Control, Update, Delete, Exec, Copy, ImagesView, ImagesAdd, ImagesRemove, TemplatesView, TemplatesBuild, TemplatesRemove, PolicyView, SystemView}
+var Verbs = []Verb{View, Logs, Create, Control, Update, Delete, Exec, Copy, Snapshot, ImagesView, ImagesAdd, ImagesRemove, TemplatesView, TemplatesBuild, TemplatesRemove, PolicyView, SystemView}
 
 // Privilege is something a request may ask for that the default sandbox does not have and that no other key of a role
 // is about.

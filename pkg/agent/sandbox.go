@@ -24,6 +24,10 @@ const (
 // Configure gives the sandbox its identity: host name, this moment's time, fresh entropy, and the network it was joined to, nil
 // for none. It comes before everything else.
 func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network) (spec.Claims, error) {
+	return c.configure(ctx, hostname, "", n)
+}
+
+func (c *Client) configure(ctx context.Context, hostname, machineID string, n *spec.Network) (spec.Claims, error) {
 	joined, err := networkMessage(n)
 	if err != nil {
 		return spec.Claims{}, err
@@ -33,7 +37,9 @@ func (c *Client) Configure(ctx context.Context, hostname string, n *spec.Network
 	ownClock := false
 	err = c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
 		began := time.Now()
-		r, err := agent.Configure(ctx, configureRequest(hostname, joined))
+		request := configureRequest(hostname, joined)
+		request.MachineId = machineID
+		r, err := agent.Configure(ctx, request)
 		if err != nil {
 			return err
 		}
@@ -195,6 +201,21 @@ func (c *Client) start(ctx context.Context, containerID, processID string, p *sp
 
 // Process is a process that was started before, by this client or an earlier daemon's.
 func (c *Client) Process(id string) *Process { return &Process{ID: id, client: c} }
+
+// Freeze holds every process of a guest's workload still, or lets them go on; the agent goes on. What it answers is a claim: who
+// does not hold still harms only itself.
+func (c *Client) Freeze(ctx context.Context, frozen bool) error {
+	return c.call(ctx, callLimit, func(ctx context.Context, agent agentv1.AgentServiceService) error {
+		_, err := agent.Freeze(ctx, &agentv1.FreezeRequest{Frozen: frozen})
+		return err
+	})
+}
+
+// Rename is Configure for a guest that goes on from a snapshot, whose files that say who it is are written anew. machineID is
+// what machine-id(5) says.
+func (c *Client) Rename(ctx context.Context, hostname, machineID string) (spec.Claims, error) {
+	return c.configure(ctx, hostname, machineID, nil)
+}
 
 // Retain kills and forgets every process and copy but the one named: what callers of an earlier daemon left.
 func (c *Client) Retain(ctx context.Context, processID string) error {

@@ -72,6 +72,7 @@ type Client struct {
 	Policy    sandboxdv1.PolicyServiceClient
 	System    sandboxdv1.SystemServiceClient
 	Templates sandboxdv1.TemplateServiceClient
+	Snapshots sandboxdv1.SnapshotServiceClient
 
 	conn *grpc.ClientConn
 	// Path of the daemon's Unix socket; empty over TCP.
@@ -148,6 +149,7 @@ func connect(address, target string, creds credentials.TransportCredentials) (*C
 		Policy:    sandboxdv1.NewPolicyServiceClient(conn),
 		System:    sandboxdv1.NewSystemServiceClient(conn),
 		Templates: sandboxdv1.NewTemplateServiceClient(conn),
+		Snapshots: sandboxdv1.NewSnapshotServiceClient(conn),
 		conn:      conn,
 	}, nil
 }

@@ -31,6 +31,8 @@ var points = []struct {
 	{"exec", both, []string{"process started", "ended", "released"}},
 	{"copy", both, []string{"into", "out of"}},
 	{"pause", both, []string{"frozen", "thawed"}},
+	{"snapshot", vm, []string{"recorded", "taken", "ready", "record removed"}},
+	{"restore", vm, []string{"created", "sandbox stands", "renamed", "thawed"}},
 	{"update", both, []string{"recorded", "applied"}},
 	{"stop", both, []string{"asked to end", "killed"}},
 	{"end", both, []string{"seen", "output complete", "shut down", "released"}},
@@ -55,6 +57,7 @@ var points = []struct {
 	{"vm template", vm, []string{"guest stands", "taken", "memory written", "kept"}},
 	{"vm from the pool", vm, []string{"made", "directory named", "layer named", "goes on", "recorded"}},
 	{"vm end", vm, []string{"begun", "cgroup deleted", "processes ended", "ids", "layer deleted", "directory removed"}},
+	{"vm snapshot", vm, []string{"frozen", "stopped", "memory copied", "disk copied", "goes on", "to thaw"}},
 	{"vm guest", vm, []string{"half written", "kernel written"}},
 
 	// What both stand on.

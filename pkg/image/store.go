@@ -335,7 +335,7 @@ func (s *Store) Remove(ref string, inUse func(digest string) bool) error {
 		return s.records.untag(canonical)
 	}
 	if inUse != nil && inUse(digest) {
-		return spec.Errorf(spec.KindWrongState, "cannot remove the image %s: a workload uses it; delete that first", quote(ref))
+		return spec.Errorf(spec.KindWrongState, "cannot remove the image %s: a workload or a snapshot uses it; delete that first", quote(ref))
 	}
 	if err := s.records.remove(digest); err != nil {
 		return fmt.Errorf("cannot remove the image %s: %w", quote(ref), err)

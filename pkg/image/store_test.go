@@ -108,7 +108,7 @@ func TestRemove(t *testing.T) {
 		t.Errorf("a is still there: %v", err)
 	}
 	for _, ref := range []string{"b", image.Digest} {
-		wantKind(t, s.Remove(ref, used), spec.KindWrongState, "a workload uses it")
+		wantKind(t, s.Remove(ref, used), spec.KindWrongState, "a workload or a snapshot uses it")
 	}
 	if _, err := os.Stat(image.Path); err != nil {
 		t.Fatal(err)

@@ -47,6 +47,8 @@ var agentCalls = []agentCall{
 		"getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr", "setxattr", "lsetxattr", "fsetxattr",
 		"copy_file_range", "splice", "sendfile"},
 		reason: "a stage's copy, in and out"},
+	{names: []string{"clock_settime", "clock_adjtime", "adjtimex", "sethostname"}, guest: true,
+		reason: "a guest that goes on from a snapshot: its time and its name"},
 	{names: []string{"sync", "fspick", "fsconfig", "reboot"}, guest: true, reason: "the end of a guest: its drive settled, its machine off"},
 }
 

@@ -34,7 +34,7 @@ func TestAgentFilterAddsLittle(t *testing.T) {
 	names, _ := byNumber(profile)
 	for granted, more := range map[spec.Isolation]map[string]bool{
 		spec.IsolationContainer: {},
-		spec.IsolationVM:        {"clone3": true, "socket": true, "fspick": true, "fsconfig": true, "reboot": true},
+		spec.IsolationVM:        {"clone3": true, "socket": true, "fspick": true, "fsconfig": true, "reboot": true, "clock_settime": true, "sethostname": true},
 	} {
 		agent := agentSimulator(t, profile, granted)
 		differ := map[string]bool{}

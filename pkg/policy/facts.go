@@ -35,6 +35,7 @@ type requestFacts struct {
 	// "none" when the request names no network.
 	Network      string        `cel:"network"`
 	ReadOnlyRoot bool          `cel:"readOnlyRoot"`
+	Snapshots    bool          `cel:"snapshots"`
 	Terminal     bool          `cel:"terminal"`
 	Resources    resourceFacts `cel:"resources"`
 	// "default", "custom" or "unconfined".
@@ -120,7 +121,7 @@ func factsOf(in Input) (map[string]any, error) {
 		Image: in.Request.Image, Name: in.Request.Name, Labels: in.Request.Labels, Isolation: string(w.Isolation),
 		Entrypoint: w.Process.Entrypoint, Command: w.Process.Command, EnvNames: names(w.Process.Env), User: w.Process.User,
 		WorkingDir: w.Process.WorkingDir, Hostname: w.Hostname, CapAdd: capAdd, CapDrop: capDrop,
-		Network: w.Network, ReadOnlyRoot: w.ReadOnlyRoot, Terminal: w.Process.Terminal,
+		Network: w.Network, ReadOnlyRoot: w.ReadOnlyRoot, Snapshots: w.Snapshots, Terminal: w.Process.Terminal,
 		Resources: resourceFacts{
 			CPUMillis: int64(w.Resources.CPUMillis), MemoryBytes: integer(w.Resources.MemoryBytes),
 			Pids: int64(w.Resources.Pids), DiskBytes: integer(w.Resources.DiskBytes),

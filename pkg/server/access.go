@@ -23,6 +23,9 @@ const (
 	onVisible
 	// onRequest: what the request asks for, field by field, and its labels.
 	onRequest
+	// onSnapshot: the one that the request's snapshot names. It is its workload's owner's, and has that one's labels. One the
+	// caller may not see is not found.
+	onSnapshot
 )
 
 // row is a row of the table below. The zero value lets nobody in.
@@ -82,6 +85,13 @@ var methods = map[string]row{
 	// Given up when the daemon stops: it leaves nothing half done.
 	sandboxdv1.TemplateService_BuildTemplate_FullMethodName:  {verb: access.TemplatesBuild, on: onRequest, audited: true, long: true},
 	sandboxdv1.TemplateService_RemoveTemplate_FullMethodName: {verb: access.TemplatesRemove, audited: true},
+
+	sandboxdv1.SnapshotService_CreateSnapshot_FullMethodName: {verb: access.Snapshot, on: onWorkload, audited: true},
+	sandboxdv1.SnapshotService_ListSnapshots_FullMethodName:  {verb: access.Snapshot, on: onVisible},
+	sandboxdv1.SnapshotService_DeleteSnapshot_FullMethodName: {verb: access.Snapshot, on: onSnapshot, audited: true},
+	// What comes of it is created, with labels and a spec that the same role must allow: the handlers see to it.
+	sandboxdv1.SnapshotService_RestoreSnapshot_FullMethodName: {verb: access.Snapshot, also: []access.Verb{access.Create, access.Control, access.View}, on: onSnapshot, audited: true},
+	sandboxdv1.SnapshotService_ForkWorkload_FullMethodName:    {verb: access.Snapshot, also: []access.Verb{access.Create, access.Control, access.View}, on: onWorkload, audited: true},
 
 	sandboxdv1.SystemService_Info_FullMethodName:   {verb: access.SystemView},
 	sandboxdv1.SystemService_Doctor_FullMethodName: {verb: access.SystemView},

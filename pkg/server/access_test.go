@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -26,7 +27,7 @@ import (
 )
 
 // services are those of this API.
-var services = []string{"WorkloadService", "ImageService", "TemplateService", "PolicyService", "SystemService"}
+var services = []string{"WorkloadService", "ImageService", "TemplateService", "SnapshotService", "PolicyService", "SystemService"}
 
 // eachMethod calls fn with every method of this API.
 func eachMethod(t *testing.T, fn func(full string, m protoreflect.MethodDescriptor)) {
@@ -139,6 +140,8 @@ func fill(m protoreflect.Message) {
 			if f.Parent().Name() == "RemoveTemplateRequest" {
 				m.Set(f, protoreflect.ValueOfString("abcd"))
 			}
+		case "snapshot":
+			m.Set(f, protoreflect.ValueOfString("abcd"))
 		case "path":
 			m.Set(f, protoreflect.ValueOfString("/tmp"))
 		case "isolation":
@@ -183,13 +186,15 @@ func invoke(ctx context.Context, conn *grpc.ClientConn, full string, m protorefl
 
 // accessHarness has one workload of tenant a, and one image.
 func accessHarness(t *testing.T) *harness {
-	w := workload.Workload{ID: strings.Repeat("ab", 16), Name: "w", Labels: map[string]string{"tenant": "a"}}
+	w := workload.Workload{ID: strings.Repeat("ab", 16), Name: "w", Labels: map[string]string{"tenant": "a"}, Spec: spec.Workload{Image: "busybox", Isolation: spec.IsolationVM}}
+	of := workload.Snapshot{ID: strings.Repeat("cd", 16), Labels: w.Labels, Spec: w.Spec}
 	h := serve(t, Config{
 		// Calls that get through end in a panic of the fakes: no news.
 		Log: zap.NewNop(),
 		Workloads: &fakeWorkloads{
-			get:  func(string) (workload.Workload, error) { return w, nil },
-			list: func(workload.Filter, int, string) ([]workload.Workload, string, error) { return nil, "", nil },
+			get:      func(string) (workload.Workload, error) { return w, nil },
+			snapshot: func(string) (workload.Snapshot, error) { return of, nil },
+			list:     func(workload.Filter, int, string) ([]workload.Workload, string, error) { return nil, "", nil },
 		},
 		Images: &fakeImages{get: func(string) (image.Image, error) {
 			return image.Image{Digest: "sha256:" + strings.Repeat("0", 64), Names: []string{"docker.io/library/busybox:latest"}}, nil
@@ -433,6 +438,36 @@ func TestImagesByWhatTheyMean(t *testing.T) {
 	} {
 		if _, err := h.images.RemoveImage(t.Context(), &sandboxdv1.RemoveImageRequest{Reference: ref}); status.Code(err) != want {
 			t.Errorf("remove %s: %v, want %v", ref, err, want)
+		}
+	}
+}
+
+// What goes on from a snapshot, or is forked, is asked for as a creation is, and a snapshot is its workload's owner's and tenant's.
+func TestWhoMakesWorkloadsOfSnapshots(t *testing.T) {
+	const may = `  - {name: r, may: [snapshot, create, control, view], workloads: {tenant: %s}, isolation: [%s], images: ["%s"]}`
+	for _, c := range []struct {
+		name, tenant, isolation, image string
+		labels                         map[string]string
+		want                           codes.Code
+	}{
+		{"what it may create", "a", "vm", "**", nil, codes.Internal}, // let through: the fake panics
+		{"another tenant's", "b", "vm", "**", nil, codes.NotFound},
+		{"another isolation", "a", "container", "**", nil, codes.PermissionDenied},
+		{"another image", "a", "vm", "debian", nil, codes.PermissionDenied},
+		{"labels of another tenant", "a", "vm", "**", map[string]string{"tenant": "b"}, codes.PermissionDenied},
+	} {
+		h := accessHarness(t)
+		h.server.SetAccess(roles(t, fmt.Sprintf(may, c.tenant, c.isolation, c.image), os.Geteuid()))
+		client := sandboxdv1.NewSnapshotServiceClient(h.conn)
+		_, err := client.RestoreSnapshot(t.Context(), &sandboxdv1.RestoreSnapshotRequest{Snapshot: "abcd", Labels: c.labels})
+		if status.Code(err) != c.want {
+			t.Errorf("restore of %s: %v, want %s", c.name, err, c.want)
+		}
+		if _, err := client.ForkWorkload(t.Context(), &sandboxdv1.ForkWorkloadRequest{Id: "w", Labels: c.labels}); status.Code(err) != c.want {
+			t.Errorf("fork of %s: %v, want %s", c.name, err, c.want)
+		}
+		if _, err := client.DeleteSnapshot(t.Context(), &sandboxdv1.DeleteSnapshotRequest{Snapshot: "abcd"}); (c.tenant == "b") != (status.Code(err) == codes.NotFound) {
+			t.Errorf("removal of %s: %v", c.name, err)
 		}
 	}
 }

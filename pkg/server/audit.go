@@ -82,7 +82,7 @@ func takesAway(method string) bool {
 		return true
 	}
 	name := method[strings.LastIndexByte(method, '/')+1:]
-	return name == "StopWorkload" || name == "KillWorkload" || name == "PauseWorkload"
+	return name == "StopWorkload" || name == "KillWorkload" || name == "PauseWorkload" || name == "DeleteSnapshot"
 }
 
 // auditCall is the part of one call in the audit log. Nil for calls that are not audited.

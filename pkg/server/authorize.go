@@ -135,8 +135,13 @@ func (s *Server) authorizeMessage(ctx context.Context, method string, m proto.Me
 		return nil
 	}
 	roles := p.roles
+	var err error
+	if row.on == onSnapshot {
+		if roles, err = s.rolesOnSnapshot(p, row, m); err != nil {
+			return err
+		}
+	}
 	if row.on == onWorkload || row.on == onVisible {
-		var err error
 		if roles, err = s.rolesOn(p, row, m); err != nil {
 			return err
 		}
@@ -175,9 +180,14 @@ func (s *Server) rolesOn(p *permit, row row, m proto.Message) ([]*access.Role, e
 		return nil, workload.NotFound(ref)
 	}
 	in.Set(id, protoreflect.ValueOfString(w.ID))
+	return p.selecting(row, w.Labels, w.Owner)
+}
+
+// selecting are the roles that select a workload, or a snapshot of it.
+func (p *permit) selecting(row row, labels map[string]string, owner spec.Caller) ([]*access.Role, error) {
 	var roles []*access.Role
 	for _, r := range p.roles {
-		if r.Selects(w.Labels, w.Owner, p.caller) {
+		if r.Selects(labels, owner, p.caller) {
 			roles = append(roles, r)
 		}
 	}

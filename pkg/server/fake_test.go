@@ -42,6 +42,7 @@ type fakeWorkloads struct {
 	update   func(change func(*spec.Resources)) error
 	explain  func(context.Context, workload.CreateOptions) (policy.Decision, error)
 	inUse    func(string) bool
+	snapshot func(ref string) (workload.Snapshot, error)
 	events   chan workload.Event
 }
 
@@ -87,6 +88,10 @@ func (f *fakeWorkloads) Update(_ context.Context, _ string, _ spec.Caller, chang
 }
 func (f *fakeWorkloads) Explain(ctx context.Context, o workload.CreateOptions) (policy.Decision, error) {
 	return f.explain(ctx, o)
+}
+func (f *fakeWorkloads) Snapshot(ref string) (workload.Snapshot, spec.Resources, error) {
+	s, err := f.snapshot(ref)
+	return s, spec.Resources{}, err
 }
 func (f *fakeWorkloads) ImageInUse(digest string) bool { return f.inUse(digest) }
 func (f *fakeWorkloads) Announce(e workload.Event)     { f.events <- e }

@@ -30,11 +30,14 @@ type field struct {
 }
 
 const (
-	names   = "says which workload: the table of methods is about that"
-	inside  = "changes only what is inside the walls"
-	answers = "changes only the answer"
-	parts   = "its parts have rows of their own"
-	slower  = "slows it down, and nobody else; without it there is no limit"
+	names = "says which workload: the table of methods is about that"
+	// The others: see onSnapshot, and madeOf.
+	namesSnapshot = "says which snapshot: the table of methods is about that"
+	asMade        = "checked with the whole of what comes of it"
+	inside        = "changes only what is inside the walls"
+	answers       = "changes only the answer"
+	parts         = "its parts have rows of their own"
+	slower        = "slows it down, and nobody else; without it there is no limit"
 )
 
 // fields says of every field of every request what a role must allow for it to be set. A field that is not in it may be
@@ -52,6 +55,8 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.WorkloadSpec.cap_add":        {check: onSpec(mayBeCapable), audited: true},
 	"sandboxd.v1.WorkloadSpec.cap_drop":       {free: "takes something away", audited: true},
 	"sandboxd.v1.WorkloadSpec.stop_signal":    {free: inside, audited: true},
+
+	"sandboxd.v1.WorkloadSpec.snapshots": {free: "who may take one is a verb; how its agent is reached is the daemon's business", audited: true},
 
 	"sandboxd.v1.WorkloadSpec.seccomp": {check: needs(access.Seccomp)},
 	"sandboxd.v1.Seccomp.unconfined":   {free: "checked with the field that holds it", audited: true},
@@ -200,11 +205,25 @@ var fields = map[protoreflect.FullName]field{
 	"sandboxd.v1.ListImagesRequest.page_size":  {free: answers},
 	"sandboxd.v1.ListImagesRequest.page_token": {free: "a place in the order of images; what is behind it is filtered"},
 
-	"sandboxd.v1.BuildTemplateRequest.image":     {check: mayBuildOf, unset: true, audited: true},
-	"sandboxd.v1.BuildTemplateRequest.resources": {free: parts, unset: true},
-	"sandboxd.v1.BuildTemplateRequest.labels":    {check: labelsFit, unset: true, audited: true},
-	"sandboxd.v1.BuildTemplateRequest.network":   {free: "its card leads nowhere", audited: true},
-	"sandboxd.v1.RemoveTemplateRequest.id":       {free: "templates have no owners: who may remove one may remove all", audited: true},
+	"sandboxd.v1.BuildTemplateRequest.image":             {check: mayBuildOf, unset: true, audited: true},
+	"sandboxd.v1.BuildTemplateRequest.resources":         {free: parts, unset: true},
+	"sandboxd.v1.BuildTemplateRequest.labels":            {check: labelsFit, unset: true, audited: true},
+	"sandboxd.v1.BuildTemplateRequest.network":           {free: "its card leads nowhere", audited: true},
+	"sandboxd.v1.CreateSnapshotRequest.id":               {free: names, audited: true},
+	"sandboxd.v1.CreateSnapshotRequest.name":             {free: "names are the whole host's; a taken one is refused", audited: true},
+	"sandboxd.v1.DeleteSnapshotRequest.snapshot":         {free: namesSnapshot, audited: true},
+	"sandboxd.v1.RestoreSnapshotRequest.snapshot":        {free: namesSnapshot, audited: true},
+	"sandboxd.v1.RestoreSnapshotRequest.name":            {free: "as in a creation", audited: true},
+	"sandboxd.v1.RestoreSnapshotRequest.labels":          {free: asMade, audited: true},
+	"sandboxd.v1.RestoreSnapshotRequest.hostname":        {free: "of its own kernel", audited: true},
+	"sandboxd.v1.RestoreSnapshotRequest.idempotency_key": {free: "finds only what this caller made with it", audited: true},
+	"sandboxd.v1.ForkWorkloadRequest.id":                 {free: names, audited: true},
+	"sandboxd.v1.ForkWorkloadRequest.name":               {free: "as in a creation", audited: true},
+	"sandboxd.v1.ForkWorkloadRequest.labels":             {free: asMade, audited: true},
+	"sandboxd.v1.ForkWorkloadRequest.hostname":           {free: "of its own kernel", audited: true},
+	"sandboxd.v1.ForkWorkloadRequest.idempotency_key":    {free: "finds only what this caller made with it", audited: true},
+
+	"sandboxd.v1.RemoveTemplateRequest.id": {free: "templates have no owners: who may remove one may remove all", audited: true},
 }
 
 // onSpec makes a check of one on a workload's spec.

@@ -29,7 +29,7 @@ var unboundedStrings = map[string]string{
 func TestEveryStringIsBounded(t *testing.T) {
 	h := serve(t, Config{Workloads: &fakeWorkloads{}})
 	n := 0
-	for _, service := range []string{"WorkloadService", "ImageService", "TemplateService", "PolicyService", "SystemService"} {
+	for _, service := range []string{"WorkloadService", "ImageService", "TemplateService", "SnapshotService", "PolicyService", "SystemService"} {
 		d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName("sandboxd.v1." + service))
 		if err != nil {
 			t.Fatal(err)

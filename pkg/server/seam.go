@@ -19,6 +19,7 @@ type Workloads interface {
 	views
 	processes
 	templates
+	snapshots
 	// Explain decides and changes nothing.
 	Explain(context.Context, workload.CreateOptions) (policy.Decision, error)
 	ImageInUse(digest string) bool
@@ -42,6 +43,15 @@ type templates interface {
 	Templates(context.Context) ([]runtime.Template, error)
 	BuildTemplate(context.Context, workload.TemplateOptions) (runtime.Template, error)
 	RemoveTemplate(ctx context.Context, prefix string) error
+}
+
+type snapshots interface {
+	CreateSnapshot(ctx context.Context, ref string, o workload.CreateSnapshotOptions) (workload.Snapshot, error)
+	Snapshots(visible func(workload.Snapshot) bool) []workload.Snapshot
+	Snapshot(ref string) (workload.Snapshot, spec.Resources, error)
+	DeleteSnapshot(ref string) error
+	RestoreSnapshot(ctx context.Context, ref string, o workload.RestoreOptions) (workload.Workload, error)
+	Fork(ctx context.Context, ref string, o workload.RestoreOptions) (workload.Workload, error)
 }
 
 type views interface {

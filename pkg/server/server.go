@@ -134,6 +134,7 @@ func New(c Config) (*Server, error) {
 	sandboxdv1.RegisterPolicyServiceServer(s.grpc, &policyService{Server: s})
 	sandboxdv1.RegisterSystemServiceServer(s.grpc, &systemService{Server: s})
 	sandboxdv1.RegisterTemplateServiceServer(s.grpc, &templateService{Server: s})
+	sandboxdv1.RegisterSnapshotServiceServer(s.grpc, &snapshotService{Server: s})
 	for name := range s.grpc.GetServiceInfo() {
 		s.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
 	}

@@ -380,7 +380,7 @@ func TestHealthAndReflection(t *testing.T) {
 	for _, s := range services.GetListServicesResponse().GetService() {
 		names = append(names, s.GetName())
 	}
-	for _, want := range []string{"sandboxd.v1.WorkloadService", "sandboxd.v1.ImageService", "sandboxd.v1.TemplateService", "sandboxd.v1.PolicyService", "sandboxd.v1.SystemService", "grpc.health.v1.Health"} {
+	for _, want := range []string{"sandboxd.v1.WorkloadService", "sandboxd.v1.ImageService", "sandboxd.v1.TemplateService", "sandboxd.v1.SnapshotService", "sandboxd.v1.PolicyService", "sandboxd.v1.SystemService", "grpc.health.v1.Health"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("reflection knows %v, not %s", names, want)
 		}

@@ -25,9 +25,14 @@ import (
 // and the agent, which looks for the mark all the time, drops whatever was under way and sends the random bytes back,
 // before which the daemon ignores everything. After that both speak smux, the agent opening the streams. The mark of an
 // agent that has a token is not known to those whose bytes the daemon carries.
+// A guest that goes on from a snapshot was somebody before, and proves so to whoever has the snapshot: its agent's next connection
+// has the preface of the token that the snapshot's guest had. On it the daemon sends ReadoptionMark and an adoption, and the agent
+// answers as above. Its workload's processes are frozen meanwhile.
 const (
 	AdoptionEntropyLen = 64
 	AdoptionLen        = TokenLen + AdoptionEntropyLen
+	// ReadoptionMark is the first byte of a connection on which an adoption follows: see HandoverMark for what others begin with.
+	ReadoptionMark     = 0xfc
 	ChannelMarkLen     = 16
 	ChannelGreetingLen = 2 * ChannelMarkLen
 	// ChannelVersion of smux has a window for each stream, so that one that nobody reads does not stop the others.

@@ -19,6 +19,8 @@ type Sandbox struct {
 	// Where a runtime keeps what the sandbox's own kernel and its virtual machine monitor say, for pkg/console to read;
 	// empty for nowhere. It is the caller's to remove.
 	ConsolePath string `json:"consolePath,omitempty"`
+	// It may be asked for a snapshot: a runtime that can take some makes it so that it can be.
+	Snapshots bool `json:"snapshots,omitempty"`
 	// Sandboxes of different scopes never share memory, a template's included.
 	TemplateScope string `json:"templateScope,omitempty"`
 	// What the container's root will be like (ContainerBoot.Prepare), for a runtime that makes some ahead of time. Empty for one

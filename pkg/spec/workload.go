@@ -29,6 +29,8 @@ type Workload struct {
 	Mounts       []Mount   `json:"mounts,omitempty"`
 	Network      string    `json:"network,omitempty"`
 	ReadOnlyRoot bool      `json:"readOnlyRoot,omitempty"`
+	// It is to be possible to take snapshots of it: a VM's.
+	Snapshots bool `json:"snapshots,omitempty"`
 	// Canonical names: CAP_NET_ADMIN, or ALL.
 	CapAdd     []string `json:"capAdd,omitempty"`
 	CapDrop    []string `json:"capDrop,omitempty"`

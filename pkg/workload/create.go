@@ -30,6 +30,9 @@ type CreateOptions struct {
 
 	// Nobody is told of it before it is started: the start's sync is soon enough.
 	unsynced bool
+	// What it is made of, where it is a snapshot, and what that is to a retry.
+	snapshot *snapshotRecord
+	from     string
 }
 
 // Create records a workload and the policy's decision. It runs nothing.
@@ -45,7 +48,11 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 	if err != nil {
 		return Workload{}, err
 	}
-	img, err := m.cfg.Images.Get(o.Spec.Image)
+	ref := o.Spec.Image
+	if o.snapshot != nil {
+		ref = o.snapshot.ImageDigest // whatever has the name by now
+	}
+	img, err := m.cfg.Images.Get(ref)
 	if err != nil {
 		return Workload{}, err
 	}
@@ -57,6 +64,12 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 	o.Name = cmp.Or(o.Name, id[:12])
 	asked := o.Spec.Resources
 	o.Spec.Resources = withDefaults(o.Spec.Resources, m.cfg.Defaults)
+	if o.snapshot != nil {
+		o.Spec.Resources = o.snapshot.Spec.Resources
+	}
+	if err := checkSnapshots(o, decision.Granted); err != nil {
+		return Workload{}, err
+	}
 	if err := m.checkLimits(decision.Granted, o.Spec.Resources); err != nil {
 		return Workload{}, err
 	}
@@ -76,7 +89,7 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 		},
 		Asked:  asked,
 		Caller: o.Caller,
-		Once:   once,
+		Once:   once, Restoring: o.snapshot != nil,
 	})
 	if err := m.roomOnDisk(); err != nil {
 		return Workload{}, err
@@ -99,6 +112,19 @@ func (m *Manager) create(o CreateOptions, once *once) (Workload, error) {
 	defer m.mu.Unlock()
 	e.ready = true
 	return w, nil
+}
+
+// checkSnapshots refuses what no snapshot could be taken of later, or what cannot go on from one.
+func checkSnapshots(o CreateOptions, granted spec.Isolation) error {
+	switch {
+	case o.snapshot != nil && granted != spec.IsolationVM:
+		return spec.Errorf(spec.KindWrongState, "a snapshot of a VM cannot go on as a %s, which is what is decided for it now", granted)
+	case o.Spec.Snapshots && granted != spec.IsolationVM:
+		return spec.Errorf(spec.KindUnsupported, "snapshots cannot be taken of a %s, whose processes are the host kernel's: ask for --isolation vm, or leave out --snapshots", granted)
+	case o.Spec.Snapshots && spec.Joins(o.Spec.Network):
+		return spec.Errorf(spec.KindUnsupported, "snapshots cannot be taken of a VM that is joined to a network, since whatever went on from one would have its address: leave out --network or --snapshots")
+	}
+	return nil
 }
 
 // record writes the record of a new workload. With sync it is on the disk before anyone is told of the workload.

@@ -55,6 +55,8 @@ type Config struct {
 	// Removed, unless nil, is told of a workload that was removed at its end by another daemon than was asked to: no call is
 	// there any more that would tell of it.
 	Removed func(Workload, error)
+	// What snapshots may take together.
+	Snapshots SnapshotLimits
 	// Whose VMs may share templates; the zero value: those of one caller.
 	Templates TemplateSharing
 }
@@ -73,10 +75,12 @@ var DefaultResources = spec.Resources{
 //
 // Lock order: entry.op, Manager.admitting, run.stillMu, Manager.mu, entry.logMu, entry.mu. entry.op is held for the length of a verb that builds or takes down walls.
 type Manager struct {
-	cfg    Config
-	dir    string
-	store  *store
-	events *eventRing
+	cfg   Config
+	dir   string
+	store *store
+	// Have a lock of their own, which nothing else is taken under.
+	snapshots *snapshotStore
+	events    *eventRing
 	// Ends with Close: everything that waits gives up, nothing of any sandbox is touched.
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -107,8 +111,14 @@ func New(cfg Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
+	snapshots, err := openSnapshots(filepath.Join(cfg.StateDir, "snapshots"), cfg.Log)
+	if err != nil {
+		st.close()
+		return nil, err
+	}
 	m := &Manager{
-		cfg: cfg, dir: dir, store: st, events: newEventRing(),
+		snapshots: snapshots,
+		cfg:       cfg, dir: dir, store: st, events: newEventRing(),
 		byID: map[string]*entry{}, byName: map[string]*entry{}, byKey: map[onceID]*entry{}, creating: map[onceID]chan struct{}{}, ofCaller: map[string]int{},
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
@@ -268,8 +278,11 @@ func (m *Manager) List(f Filter, size int, token string) ([]Workload, string, er
 	return out, "", nil
 }
 
-// ImageInUse reports whether a workload uses the image of a digest.
+// ImageInUse reports whether a workload or a snapshot uses the image of a digest.
 func (m *Manager) ImageInUse(digest string) bool {
+	if m.snapshots.uses(digest) {
+		return true
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, e := range m.byID {

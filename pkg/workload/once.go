@@ -26,13 +26,17 @@ func (o CreateOptions) once() (*once, error) {
 	if o.Key == "" {
 		return nil, nil
 	}
+	if o.from != "" {
+		o.Spec = spec.Workload{Hostname: o.Spec.Hostname} // what it is made of has the rest, which may change
+	}
 	// Maps are encoded in the order of their keys.
 	b, err := json.Marshal(struct {
 		Name            string
 		Labels          map[string]string
 		Spec            spec.Workload
-		RemoveWhenEnded bool `json:",omitempty"`
-	}{o.Name, o.Labels, o.Spec, o.RemoveWhenEnded})
+		RemoveWhenEnded bool   `json:",omitempty"`
+		From            string `json:",omitempty"`
+	}{o.Name, o.Labels, o.Spec, o.RemoveWhenEnded, o.from})
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the request: %w", err)
 	}

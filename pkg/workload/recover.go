@@ -52,7 +52,9 @@ func (m *Manager) Recover(ctx context.Context) error {
 			return ctx.Err()
 		})
 	}
-	return g.Wait()
+	err := g.Wait()
+	m.sweepSnapshots()
+	return err
 }
 
 // removeStrays removes sandboxes and output that no record speaks of. What resists is there again at the next start.
@@ -114,6 +116,13 @@ func (m *Manager) leaveNetworks(ctx context.Context, warn func(what, id string, 
 
 func (e *entry) recover(ctx context.Context) error {
 	rec, _, _ := e.peek()
+	if rec.Restoring && rec.Status.State != StateDeleting {
+		// Nobody was told of it, and what it was to go on from may be gone.
+		if err := e.setState(StateDeleting, nil); err != nil {
+			return err
+		}
+		return e.remove()
+	}
 	switch rec.Status.State {
 	case StateDeleting:
 		return e.remove()
@@ -195,6 +204,10 @@ func (e *entry) adopt(ctx context.Context, rec record, inst runtime.Instance) er
 	r := &run{inst: inst, client: agent.New(inst.Dial, inst.Done())}
 	r.proc = r.client.Process(runProcess(rec.Run))
 	if err := e.still(ctx, r, rec.Status.State); err != nil {
+		r.client.Close()
+		return err
+	}
+	if err := e.settleSnapshots(ctx, r); err != nil {
 		r.client.Close()
 		return err
 	}

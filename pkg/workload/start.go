@@ -67,6 +67,9 @@ func (e *entry) startHeld() error {
 // start runs with e.op held.
 func (e *entry) start(ctx context.Context) error {
 	rec, _, _ := e.peek()
+	if rec.Restoring {
+		return spec.Errorf(spec.KindWrongState, "workload %q is just being made of a snapshot", e.name)
+	}
 	switch rec.Status.State {
 	case StateCreated, StateExited, StateFailed:
 	default:
@@ -103,7 +106,7 @@ func (e *entry) start(ctx context.Context) error {
 		return e.setState(StateStarting, func(r *record) {
 			r.Run++
 			r.Boot = boot
-			r.LogBase = logBase
+			r.LogBase, r.OutputBefore = logBase, 0
 			r.Status.Exit, r.Status.Message, r.Status.OOM = nil, "", nil
 		})
 	}); err != nil {
@@ -162,7 +165,7 @@ func (e *entry) build(ctx context.Context, img image.Image, container agent.Cont
 	effective := encodeLater(container.Config)
 	inst, launched, client, err := e.raise(ctx, spec.Sandbox{
 		ID: e.id, ImagePath: img.Path, Resources: rec.Spec.Resources, Network: rec.Spec.Network, ConsolePath: e.consolePath(),
-		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels), Prepare: preparation,
+		TemplateScope: e.m.cfg.Templates.scope(rec.Caller, rec.Labels), Snapshots: rec.Spec.Snapshots, Prepare: preparation,
 	}, launch, func() error {
 		effective.begin() // nothing of it changes any more
 		return recorded()

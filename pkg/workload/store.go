@@ -25,6 +25,11 @@ type record struct {
 	Run int `json:"run"`
 	// Output bytes in the log when the current run began: the agent counts from there.
 	LogBase uint64 `json:"logBase,omitempty"`
+	// Output bytes that the process had been read of when it was somebody else's: a workload that goes on from a snapshot has the
+	// rest, in its first run.
+	OutputBefore uint64 `json:"outputBefore,omitempty"`
+	// It is to go on from a snapshot and has not yet: without that it is nothing.
+	Restoring bool `json:"restoring,omitempty"`
 	// Resources as asked for, zero where nothing was: what they default to is in Spec.
 	Asked spec.Resources `json:"asked"`
 	// Who created it.

@@ -111,7 +111,7 @@ func (e *entry) pumpOnce(ctx context.Context, r *run) error {
 	rec, _, _ := e.peek()
 	for {
 		end, _ := log.end()
-		chunks, eof, err := r.proc.ReadOutput(ctx, end.offset-rec.LogBase)
+		chunks, eof, err := r.proc.ReadOutput(ctx, end.offset-rec.LogBase+rec.OutputBefore)
 		if err != nil {
 			return err
 		}

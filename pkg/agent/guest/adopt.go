@@ -44,20 +44,53 @@ func tryAdopt(dial func(context.Context) (net.Conn, error), random *os.File) (_ 
 	if _, err := conn.Write(spec.Preface(token)); err != nil {
 		return nil, token, err
 	}
-	var told [spec.AdoptionLen]byte
-	if _, err := io.ReadFull(conn, told[:]); err != nil {
+	if token, err = takeAdoption(conn, random); err != nil {
 		return nil, token, err
 	}
-	copy(token[:], told[:spec.TokenLen])
-	if err := addEntropy(random, told[spec.TokenLen:]); err != nil {
-		return nil, token, err
-	}
-	clear(told[:])
 	if _, err := conn.Write(spec.Preface(token)); err != nil {
 		return nil, token, fmt.Errorf("cannot answer an adoption: %w", err)
 	}
 	return conn, token, nil
 }
+
+// takeAdoption reads who this guest is, and gives its kernel the random bytes that come with it.
+func takeAdoption(conn net.Conn, random *os.File) (token [spec.TokenLen]byte, err error) {
+	var told [spec.AdoptionLen]byte
+	if _, err := io.ReadFull(conn, told[:]); err != nil {
+		return token, err
+	}
+	if err := addEntropy(random, told[spec.TokenLen:]); err != nil {
+		return token, err
+	}
+	copy(token[:], told[:spec.TokenLen])
+	clear(told[:])
+	return token, nil
+}
+
+// readopt makes this guest, whose memory was taken in the middle of its life, somebody else: see spec/channel.go. adopted is
+// told the token before the daemon is.
+func (w *vmWall) readopt(conn net.Conn, adopted func([spec.TokenLen]byte)) ([]byte, error) {
+	if err := conn.SetReadDeadline(time.Now().Add(readoptionWait)); err != nil {
+		return nil, err
+	}
+	token, err := takeAdoption(conn, w.random)
+	if err != nil {
+		return nil, err
+	}
+	if err := conn.SetReadDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	adopted(token)
+	preface := spec.Preface(token)
+	if _, err := conn.Write(preface); err != nil {
+		// The daemon gives up a guest from which it hears nothing.
+		return nil, fmt.Errorf("cannot answer an adoption: %w", err)
+	}
+	return preface, nil
+}
+
+// readoptionWait bounds the wait for the rest of an adoption, which comes in one piece.
+const readoptionWait = 10 * time.Second
 
 // age is for a test build. A kernel's generator reseeds itself every second at first, ever more seldom later, so the clones of
 // a guest that has been up for a second come to differ by themselves; of one that is older, and has just drawn, they don't.

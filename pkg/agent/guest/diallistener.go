@@ -6,6 +6,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/sandboxd/sandboxd/pkg/spec"
 )
 
 // Delays between attempts to dial the daemon: it may be restarting, and a guest cloned from a template finds its transport
@@ -24,6 +26,9 @@ type dialListener struct {
 	cancel  context.CancelFunc
 	// The connection by which the guest was adopted, which has had its preface; nil once it was used. Accept's alone.
 	begun net.Conn
+	// readopt takes over what a daemon says on a connection that begins with spec.ReadoptionMark, and answers with the preface of
+	// every later one, which conn has had; nil where nobody may. Accept's alone, as preface is.
+	readopt func(conn net.Conn) (preface []byte, err error)
 
 	mu   sync.Mutex
 	idle net.Conn // closed by Close
@@ -40,6 +45,11 @@ func (l *dialListener) Accept() (net.Conn, error) {
 		if conn, err := l.connect(); err == nil {
 			first := make([]byte, 1)
 			if _, err := io.ReadFull(conn, first); err == nil {
+				if first[0] == spec.ReadoptionMark && l.readopt != nil {
+					l.become(conn)
+					delay = firstRedial
+					continue
+				}
 				l.setIdle(nil)
 				return &startedConn{Conn: conn, first: first}, nil
 			}
@@ -76,6 +86,16 @@ func (l *dialListener) connect() (net.Conn, error) {
 		return nil, net.ErrClosed
 	}
 	return conn, nil
+}
+
+// become makes conn the first connection of who the guest is from now on. If that fails it stays who it was.
+func (l *dialListener) become(conn net.Conn) {
+	preface, err := l.readopt(conn)
+	if err != nil {
+		conn.Close()
+		return
+	}
+	l.preface, l.begun = preface, conn
 }
 
 func (l *dialListener) setIdle(conn net.Conn) bool {

@@ -54,6 +54,8 @@ func (*plainWall) configure(string, time.Time, []byte, *network) error { return 
 
 func (*plainWall) ownClock() bool { return false }
 
+func (*plainWall) freeze(context.Context, bool) error { return errNoFreezer }
+
 func (*plainWall) enter(*specs.Spec, []byte) (*root, error) {
 	r := &root{}
 	for _, d := range []struct {

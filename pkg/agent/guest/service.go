@@ -89,10 +89,19 @@ func (s *Service) Configure(_ context.Context, r *agentv1.ConfigureRequest) (*ag
 	if err != nil {
 		return nil, invalid("network: %v", err)
 	}
+	if err := checkMachineID(r.MachineId); err != nil {
+		return nil, invalid("machine id: %v", err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.wall.configure(r.Hostname, r.Now.AsTime(), r.Entropy, n); err != nil {
 		return nil, internal("cannot configure the sandbox: %v", err)
+	}
+	// Nowhere but in a kernel of its own: elsewhere nobody has ever been somebody else.
+	if r.MachineId != "" && s.container != nil && s.wall.ownClock() {
+		if err := s.container.rename(r.Hostname, r.MachineId); err != nil {
+			return nil, internal("cannot rename the container: %v", err)
+		}
 	}
 	k, err := thisKernel()
 	if err != nil {

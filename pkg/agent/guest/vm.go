@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -94,8 +95,12 @@ func (w *vmWall) reachHost(token *[spec.TokenLen]byte) (*dialListener, error) {
 		}
 		dial, adopted = port.dial, port.adopted
 	}
+	readopt := func(conn net.Conn) ([]byte, error) { return w.readopt(conn, adopted) }
 	if token != nil {
-		return newDialListener(dial, spec.Preface(*token)), nil
+		adopted(*token)
+		l := newDialListener(dial, spec.Preface(*token))
+		l.readopt = readopt
+		return l, nil
 	}
 	if err := dropCaches(); err != nil {
 		return nil, fmt.Errorf("cannot drop caches: %w", err)
@@ -104,7 +109,7 @@ func (w *vmWall) reachHost(token *[spec.TokenLen]byte) (*dialListener, error) {
 	first, taken := adopt(dial, w.random)
 	adopted(taken)
 	l := newDialListener(dial, spec.Preface(taken))
-	l.begun = first
+	l.begun, l.readopt = first, readopt
 	return l, nil
 }
 

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"context"
 	"os"
 	"syscall"
 	"time"
@@ -35,6 +36,8 @@ type wall interface {
 	// oomKills is how many processes the sandbox's own kernel has killed for want of memory; 0 where the kernel is the host's.
 	// proc is a procfs of that kernel.
 	oomKills(proc *os.File) (uint64, error)
+	// freeze holds every process but the agent still, or lets them go on, and answers when that is so: errNoFreezer where it can't.
+	freeze(ctx context.Context, frozen bool) error
 	// gone reports whether no process but the agent is left.
 	gone() bool
 }

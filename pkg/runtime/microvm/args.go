@@ -166,7 +166,10 @@ func (a vmArgs) kernelCommandLine() string {
 
 // memory is the guest's. A file is named by its descriptor's path: a sealed one opens for writing and can't be written.
 func (a vmArgs) memory() arg {
-	if a.Memory == 0 {
+	switch {
+	case a.Memory == 0 && a.Incoming:
+		return arg{"-object", fmt.Sprintf("memory-backend-ram,id=memory,size=%dB", a.MemoryBytes), "this VM's alone; in a file a page that is only read would be there, too"}
+	case a.Memory == 0:
 		return arg{"-object", fmt.Sprintf("memory-backend-memfd,id=memory,size=%dB,share=on", a.MemoryBytes), "vhost-user reads and writes the guest's memory"}
 	}
 	return arg{"-object", fmt.Sprintf("memory-backend-file,id=memory,mem-path=%s/%d,size=%dB,share=%s", descriptorsPath, a.Memory, a.MemoryBytes, onOff(a.MemoryShared)), "a template's memory is a file; its clones map it and copy what they write"}

@@ -10,7 +10,7 @@ import (
 )
 
 func (b *boot) awaitAgent(ctx context.Context, i *instance) error {
-	if b.clone != nil || b.making != nil {
+	if b.clone != nil || b.making != nil || b.restore != nil {
 		if err := b.goOn(ctx, i); err != nil {
 			return b.explain(ctx, i, err)
 		}
@@ -18,6 +18,9 @@ func (b *boot) awaitAgent(ctx context.Context, i *instance) error {
 	conn, err := i.Dial(ctx)
 	if err == nil && b.clone != nil {
 		conn, err = i.adopt(ctx, conn)
+	}
+	if err == nil && b.restore != nil {
+		conn, err = i.readopt(ctx, conn)
 	}
 	if err != nil {
 		return b.explain(ctx, i, err)

@@ -3,7 +3,6 @@ package microvm
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -20,6 +19,7 @@ const (
 	startedCold     = "cold"
 	startedTemplate = "template"
 	startedPool     = "pool"
+	startedSnapshot = "snapshot"
 )
 
 // cloneTimeout bounds the start of a clone: seen 0.1 s under TCG alone on a machine. One that takes longer is given up, and
@@ -36,7 +36,8 @@ const (
 func (r *Runtime) startFrom(ctx context.Context, s spec.Sandbox, g *guest, accel string) (*instance, error) {
 	defer r.pool.begin()()
 	b := &boot{r: r, sandbox: s, guest: g, accel: accel, timeout: bootTimeout}
-	if r.templates == nil || s.ImagePath == "" {
+	// A clone is reached over the kernel's vsock where there is one, and a snapshot needs a port.
+	if r.templates == nil || s.ImagePath == "" || s.Snapshots && r.hub != nil {
 		return b.run(ctx)
 	}
 	key, err := r.templateKey(s, g, accel)
@@ -87,6 +88,8 @@ func (b *boot) startedFrom() string {
 	switch {
 	case b.ahead:
 		return startedPool
+	case b.restore != nil:
+		return startedSnapshot
 	case b.clone != nil:
 		return startedTemplate
 	}
@@ -113,29 +116,35 @@ func (b *boot) goOn(ctx context.Context, i *instance) error {
 		return err
 	}
 	defer q.Close() //nolint:errcheck // only asked
-	if b.clone == nil {
-		return hideDescriptors(i.qemu())
+	switch {
+	case b.clone != nil:
+		// Opened anew: each reads it from its beginning.
+		state, err := os.Open(fdPath(int(b.clone.state.Fd())))
+		if err != nil {
+			return fmt.Errorf("cannot open the template's state: %w", err)
+		}
+		defer state.Close() //nolint:errcheck // only read
+		if err := q.ignoreSharedMemory(ctx, true); err != nil {
+			return err
+		}
+		if err := q.takeOver(ctx, state); err != nil {
+			return err
+		}
+	case b.restore != nil:
+		q.limit = restoreTimeout
+		if err := q.takeOver(ctx, b.restore.state); err != nil {
+			return err
+		}
+		return q.execute(ctx, "cont", nil)
 	}
-	if err := b.takeOver(ctx, q); err != nil {
-		return err
-	}
-	if err := hideDescriptors(i.qemu()); err != nil {
+	if err := hideDescriptors(i.qemu()); err != nil || b.clone == nil {
 		return err
 	}
 	return q.execute(ctx, "cont", nil)
 }
 
-// takeOver has QEMU read the template's state. The guest is stopped then, as the template was.
-func (b *boot) takeOver(ctx context.Context, q *qmp) error {
-	// Opened anew: each reads it from its beginning.
-	state, err := os.Open(fdPath(int(b.clone.state.Fd())))
-	if err != nil {
-		return fmt.Errorf("cannot open the template's state: %w", err)
-	}
-	defer state.Close() //nolint:errcheck // only read
-	if err := q.ignoreSharedMemory(ctx); err != nil {
-		return err
-	}
+// takeOver has QEMU read a state. The guest is stopped then, as it was when the state was taken.
+func (q *qmp) takeOver(ctx context.Context, state *os.File) error {
 	if err := q.executeWith(ctx, "getfd", map[string]any{"fdname": stateFDName}, state, nil); err != nil {
 		return err
 	}
@@ -150,15 +159,15 @@ func (b *boot) takeOver(ctx context.Context, q *qmp) error {
 		select {
 		case <-time.After(incomingPause):
 		case <-ctx.Done():
-			return fmt.Errorf("cannot take over the template's state: %w", ctx.Err())
+			return fmt.Errorf("cannot take over the guest's state: %w", ctx.Err())
 		}
 	}
 }
 
-// ignoreSharedMemory leaves the guest's memory, which is the template's file, out of what QEMU writes or reads.
-func (q *qmp) ignoreSharedMemory(ctx context.Context) error {
+// ignoreSharedMemory leaves the guest's memory, which is the template's file, out of what QEMU writes or reads, or not.
+func (q *qmp) ignoreSharedMemory(ctx context.Context, on bool) error {
 	return q.executeWith(ctx, "migrate-set-capabilities", map[string]any{
-		"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}},
+		"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": on}},
 	}, nil, nil)
 }
 
@@ -169,33 +178,5 @@ func (i *instance) adopt(ctx context.Context, conn net.Conn) (_ net.Conn, err er
 			err = errors.Join(fmt.Errorf("cannot adopt the clone: %w", err), ignoreClosed(conn.Close()))
 		}
 	}()
-	token, err := i.rec.token()
-	if err != nil {
-		return nil, err
-	}
-	told := make([]byte, spec.AdoptionLen)
-	copy(told, token[:])
-	if _, err := rand.Read(told[spec.TokenLen:]); err != nil {
-		return nil, err
-	}
-	adopting, ok := i.transport.(adopter)
-	if !ok {
-		return nil, fmt.Errorf("its transport %s has no clones", i.rec.Transport.Name)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer stop()
-	if err := conn.SetWriteDeadline(time.Now().Add(prefaceTimeout)); err != nil {
-		return nil, err
-	}
-	if _, err := conn.Write(told); err != nil {
-		return nil, err
-	}
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		return nil, err
-	}
-	if err := readPrefaceContext(ctx, conn, token); err != nil {
-		return nil, err
-	}
-	adopting.adopted(token)
-	return conn, nil
+	return i.tell(ctx, conn)
 }

@@ -2,6 +2,7 @@ package microvm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -267,7 +268,11 @@ type vm struct {
 	spec.Sandbox
 	runtime.Instance
 	client *agent.Client
+	// Of what it goes on from, where it does.
+	container string
 }
+
+func (v *vm) containerID() string { return cmp.Or(v.container, v.ID) }
 
 func (b *bench) start(t *testing.T, r *Runtime) *vm {
 	t.Helper()
@@ -298,7 +303,7 @@ func (b *bench) remove(t *testing.T, r *Runtime, id string) {
 }
 
 // testWorkload is what the tests' processes are made from.
-var testWorkload = spec.Workload{Image: "busybox", Process: spec.Process{Command: []string{"/bin/true"}}}
+var testWorkload = spec.Workload{Image: "busybox", Process: spec.Process{Command: []string{"/bin/true"}}, Resources: spec.Resources{Pids: 100}}
 
 func (v *vm) configure(t *testing.T) {
 	t.Helper()
@@ -306,7 +311,7 @@ func (v *vm) configure(t *testing.T) {
 	if _, err := v.client.Configure(ctx, "guest", nil); err != nil {
 		t.Fatal(err)
 	}
-	config, err := oci.Config(v.ID, testWorkload, spec.ImageConfig{}, spec.IsolationVM)
+	config, err := oci.Config(v.containerID(), testWorkload, spec.ImageConfig{}, spec.IsolationVM)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -318,7 +323,7 @@ func (v *vm) configure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := v.client.CreateContainer(ctx, agent.Container{ID: v.ID, Config: config, Filter: filter, AgentFilter: own}); err != nil {
+	if err := v.client.CreateContainer(ctx, agent.Container{ID: v.containerID(), Config: config, Filter: filter, AgentFilter: own}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -359,12 +364,12 @@ func (v *vm) run(ctx context.Context, script string) (string, spec.Exit, error) 
 }
 
 func (v *vm) launch(ctx context.Context, processID, script string) (*agent.Process, error) {
-	config, err := oci.Config(v.ID, testWorkload, spec.ImageConfig{}, spec.IsolationVM)
+	config, err := oci.Config(v.containerID(), testWorkload, spec.ImageConfig{}, spec.IsolationVM)
 	if err != nil {
 		return nil, err
 	}
 	config.Process.Args = []string{"/bin/sh", "-c", script}
-	return v.client.Start(ctx, v.ID, processID, config.Process, false)
+	return v.client.Start(ctx, v.containerID(), processID, config.Process, false)
 }
 
 func awaitDone(t *testing.T, i runtime.Instance) {

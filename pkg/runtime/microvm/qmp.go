@@ -2,6 +2,7 @@ package microvm
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,6 +30,8 @@ const (
 type qmp struct {
 	conn  net.Conn
 	lines *bufio.Scanner
+	// Bounds an exchange; 0 for qmpTimeout.
+	limit time.Duration
 }
 
 // qmpError is what QEMU answers to a command that failed.
@@ -156,9 +159,9 @@ func (q *qmp) read() (qmpMessage, error) {
 	return m, nil
 }
 
-// bound limits an exchange to ctx and to qmpTimeout.
+// bound limits an exchange to ctx and to q.limit.
 func (q *qmp) bound(ctx context.Context) (stop func() bool) {
-	deadline := time.Now().Add(qmpTimeout)
+	deadline := time.Now().Add(cmp.Or(q.limit, qmpTimeout))
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d
 	}

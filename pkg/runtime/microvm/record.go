@@ -41,7 +41,12 @@ type record struct {
 	HasDisks bool `json:"hasDisks"`
 	// Where what it says is kept; empty for nowhere.
 	ConsolePath string `json:"consolePath,omitempty"`
-	// startedCold, startedTemplate or startedPool.
+	// What its guest was booted with, whatever its limits are by now. Zero in the record of an earlier daemon.
+	CPUs        uint32 `json:"cpus,omitempty"`
+	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
+	// It has a network card.
+	Networked bool `json:"networked,omitempty"`
+	// startedCold, startedTemplate, startedPool or startedSnapshot.
 	StartedFrom string `json:"startedFrom,omitempty"`
 	// It waits in a pool, stopped, or is not yet all that it was handed out as: nobody could speak with it.
 	Waits bool `json:"waits,omitempty"`

@@ -3,7 +3,6 @@ package microvm
 import (
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -67,6 +66,8 @@ type boot struct {
 	clone  *template
 	// A clone that is made ahead of time.
 	ahead bool
+	// Set for a guest that goes on from a snapshot.
+	restore *restoring
 	// Why it is booted although there was a template.
 	note string
 
@@ -187,10 +188,11 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 	fault.At("vm start", "transport made")
 	b.rec = record{
 		ID: b.sandbox.ID, MadeAs: b.sandbox.ID, CgroupParent: b.r.cfg.CgroupParent, Accelerator: b.accel, Transport: b.transport.Record(),
-		Token: hex.EncodeToString(token[:]), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath,
+		Token: hexToken(token), HasDisks: b.hasDisks(), ConsolePath: b.sandbox.ConsolePath,
 		StartedFrom: b.startedFrom(), StartNote: b.note, SharedBytes: b.clone.sharedBytes(),
-		DirectDisk: b.sandbox.Resources.LimitsWrites(), Waits: b.ahead,
+		DirectDisk: b.sandbox.Resources.LimitsWrites(), Waits: b.ahead, Networked: spec.Joins(b.sandbox.Network),
 	}
+	b.rec.CPUs, b.rec.MemoryBytes = b.shape()
 	if err := b.rec.save(b.dir); err != nil {
 		return nil, err
 	}
@@ -230,19 +232,38 @@ func (b *boot) build(ctx context.Context) (i *instance, err error) {
 
 // bootPhase names the wait for the guest's agent.
 func (b *boot) bootPhase() string {
-	if b.clone != nil {
+	switch {
+	case b.clone != nil:
 		return "start: guest goes on from the template"
+	case b.restore != nil:
+		return "start: guest goes on from the snapshot"
 	}
 	return "start: guest boots"
+}
+
+// boots reports whether its guest starts at its beginning.
+func (b *boot) boots() bool { return b.clone == nil && b.restore == nil }
+
+// shape is what its guest has, or had when its state was taken.
+func (b *boot) shape() (cpus uint32, memory uint64) {
+	if b.restore != nil {
+		return b.restore.meta.CPUs, b.restore.meta.MemoryBytes
+	}
+	return vcpus(b.sandbox.Resources.CPUMillis), guestBytes(b.sandbox.Resources)
 }
 
 func (b *boot) hasDisks() bool { return b.sandbox.ImagePath != "" }
 
 func (b *boot) makeTransport(token bootToken) (ends transportFiles, err error) {
-	if b.clone != nil {
+	switch {
+	case b.clone != nil:
 		token = bootToken{} // until it is adopted
+	case b.restore != nil:
+		token = b.restore.token // likewise
 	}
 	switch {
+	case b.sandbox.Snapshots && b.making == nil && b.clone == nil:
+		b.transport, ends, err = newPort(b.dir, token)
 	case b.r.hub != nil:
 		b.transport, ends, err = b.r.hub.newTransport(token)
 	case b.clone != nil || b.making != nil:
@@ -280,6 +301,9 @@ func (b *boot) makeLayer(ctx context.Context) (err error) {
 		b.newLayer = true
 	}
 	b.layer, _, err = b.r.cfg.Disk.Layer(b.r.cfg.StateDir, b.sandbox.ID, layerOwner, b.sandbox.Resources.DiskBytes)
+	if err == nil && b.restore != nil {
+		return b.restore.copyDisk(b.layer)
+	}
 	if err != nil || b.newLayer {
 		return err
 	}
@@ -342,7 +366,7 @@ func (b *boot) startProcesses(token bootToken, ends transportFiles) (_ *instance
 		return nil, err
 	}
 	fault.At("vm start", "QEMU runs")
-	if b.clone == nil {
+	if b.boots() {
 		b.initrd, _ = b.keep(qemu.jail.initrd, nil)
 	}
 	b.voices.all((*voice).started)
@@ -411,8 +435,8 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	}
 	a := vmArgs{
 		ID: b.sandbox.ID, Accelerator: b.accel,
-		CPUs:        vcpus(b.sandbox.Resources.CPUMillis),
-		MemoryBytes: guestBytes(b.sandbox.Resources),
+		CPUs:        b.rec.CPUs,
+		MemoryBytes: b.rec.MemoryBytes,
 		Firmware:    firmware(path),
 		Kernel:      kernelPath, Initrd: initrdPath,
 		Transport: b.rec.Transport.Name, CID: b.rec.Transport.CID,
@@ -431,7 +455,8 @@ func (b *boot) qemu(token bootToken, vsock *os.File) (command, error) {
 	if b.accel == accelKVM {
 		c.jail.rows = append(c.jail.rows, jailed{from: "/dev/kvm", at: "/dev/kvm", device: true, writable: true, reason: "QEMU takes no descriptor of it"})
 	}
-	if b.clone == nil { // that one has booted
+	a.Incoming = b.restore != nil
+	if b.boots() {
 		var ierr error
 		c.jail.rows = append(c.jail.rows, jailed{from: b.guest.vmlinuxPath, at: kernelPath, reason: "what it boots"})
 		c.jail.initrd, ierr = b.keep(b.guest.initramfs(b.guest.vmBoot(token, b.rec.Transport, b.card.tap != nil), b.uid))

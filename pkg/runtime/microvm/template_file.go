@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -68,16 +69,29 @@ func saveSparse(path string, from *os.File) (sum string, err error) {
 
 // copySparse copies the content of from to the empty file to, skipping what is zero, and answers with its sum: SHA-256 of
 // each piece that is not, after its offset.
-func copySparse(to, from *os.File) (string, error) {
+func copySparse(to, from *os.File) (string, error) { return copySum(to, from, sha256.New()) }
+
+// sumSparse is the sum that copySparse answers with, of a file that is copied nowhere.
+func sumSparse(from *os.File) (string, error) { return copySum(nil, from, sha256.New()) }
+
+// copyHoles is copySparse without a sum.
+func copyHoles(to, from *os.File) error {
+	_, err := copySum(to, from, nil)
+	return err
+}
+
+// copySum copies to to and sums with h, unless they are nil.
+func copySum(to, from *os.File, h hash.Hash) (string, error) {
 	info, err := from.Stat()
 	if err != nil {
 		return "", err
 	}
 	size := info.Size()
-	if err := to.Truncate(size); err != nil {
-		return "", err
+	if to != nil {
+		if err := to.Truncate(size); err != nil {
+			return "", err
+		}
 	}
-	h := sha256.New()
 	buffer, zeros := make([]byte, copyChunk), make([]byte, copyChunk)
 	for offset := int64(0); offset < size; {
 		if offset, err = unix.Seek(int(from.Fd()), offset, unix.SEEK_DATA); errors.Is(err, unix.ENXIO) {
@@ -92,13 +106,20 @@ func copySparse(to, from *os.File) (string, error) {
 			return "", err
 		}
 		if piece := buffer[:n]; !bytes.Equal(piece, zeros[:n]) {
-			fmt.Fprintf(h, "%d %d\n", offset, n)
-			h.Write(piece)
-			if _, err := to.WriteAt(piece, offset); err != nil {
-				return "", err
+			if h != nil {
+				fmt.Fprintf(h, "%d %d\n", offset, n)
+				h.Write(piece)
+			}
+			if to != nil {
+				if _, err := to.WriteAt(piece, offset); err != nil {
+					return "", err
+				}
 			}
 		}
 		offset += int64(max(n, 1))
+	}
+	if h == nil {
+		return "", nil
 	}
 	fmt.Fprintf(h, "%d\n", size)
 	return hex.EncodeToString(h.Sum(nil)), nil

@@ -168,7 +168,7 @@ func (i *instance) takeState(ctx context.Context, state *os.File) error {
 	if err := q.execute(ctx, "stop", nil); err != nil {
 		return err
 	}
-	if err := q.ignoreSharedMemory(ctx); err != nil {
+	if err := q.ignoreSharedMemory(ctx, true); err != nil {
 		return err
 	}
 	if err := q.executeWith(ctx, "getfd", map[string]any{"fdname": stateFDName}, state, nil); err != nil {
@@ -177,12 +177,34 @@ func (i *instance) takeState(ctx context.Context, state *os.File) error {
 	if err := q.executeWith(ctx, "migrate", map[string]any{"uri": "fd:" + stateFDName}, nil, nil); err != nil {
 		return err
 	}
+	return q.awaitMigration(ctx)
+}
+
+// migration is how QEMU fares with writing its guest.
+type migration struct {
+	Status    string `json:"status"`
+	ErrorDesc string `json:"error-desc"`
+}
+
+// underway reports whether it has begun and not ended.
+func (m migration) underway() bool {
+	switch m.Status {
+	case "", "none", "completed", "failed", "cancelled":
+		return false
+	}
+	return true
+}
+
+func (q *qmp) migration(ctx context.Context) (m migration, err error) {
+	err = q.execute(ctx, "query-migrate", &m)
+	return m, err
+}
+
+// awaitMigration returns when QEMU has written its guest.
+func (q *qmp) awaitMigration(ctx context.Context) error {
 	for {
-		var m struct {
-			Status    string `json:"status"`
-			ErrorDesc string `json:"error-desc"`
-		}
-		if err := q.execute(ctx, "query-migrate", &m); err != nil {
+		m, err := q.migration(ctx)
+		if err != nil {
 			return err
 		}
 		switch m.Status {

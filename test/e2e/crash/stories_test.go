@@ -92,6 +92,7 @@ var stories = []struct {
 			func() error { return os.RemoveAll(filepath.Join(s.d.StateDir, "microvm", "kernel")) },
 			s.restart, func() error { return s.create(nil) }, s.start, func() error { return s.delete(true) })
 	}, true},
+	{"a snapshot, and what goes on from it", []string{"vm"}, (*scene).snapshots, true},
 	{"an image", neither, func(s *scene) error {
 		return inOrder(s.importImage, s.removeImage)
 	}, false},

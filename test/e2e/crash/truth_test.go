@@ -22,6 +22,7 @@ func (s *scene) truth() (lost []string) {
 	if !s.asked[create] {
 		return nil
 	}
+	lost = s.madeTruth()
 	w, err := s.get()
 	for limit := time.Now().Add(goneLimit); err == nil && w.GetStatus().GetState() == sandboxdv1.WorkloadState_WORKLOAD_STATE_DELETING && time.Now().Before(limit); time.Sleep(pollPause) {
 		w, err = s.get()

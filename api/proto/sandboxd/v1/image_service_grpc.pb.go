@@ -39,7 +39,7 @@ type ImageServiceClient interface {
 	PullImage(ctx context.Context, in *PullImageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullImageResponse], error)
 	ListImages(ctx context.Context, in *ListImagesRequest, opts ...grpc.CallOption) (*ListImagesResponse, error)
 	GetImage(ctx context.Context, in *GetImageRequest, opts ...grpc.CallOption) (*GetImageResponse, error)
-	// RemoveImage forgets a name; with the last name goes the file, unless a workload uses it (FAILED_PRECONDITION).
+	// RemoveImage forgets a name; with the last name goes the file, unless a workload or a snapshot uses it (FAILED_PRECONDITION).
 	RemoveImage(ctx context.Context, in *RemoveImageRequest, opts ...grpc.CallOption) (*RemoveImageResponse, error)
 }
 
@@ -126,7 +126,7 @@ type ImageServiceServer interface {
 	PullImage(*PullImageRequest, grpc.ServerStreamingServer[PullImageResponse]) error
 	ListImages(context.Context, *ListImagesRequest) (*ListImagesResponse, error)
 	GetImage(context.Context, *GetImageRequest) (*GetImageResponse, error)
-	// RemoveImage forgets a name; with the last name goes the file, unless a workload uses it (FAILED_PRECONDITION).
+	// RemoveImage forgets a name; with the last name goes the file, unless a workload or a snapshot uses it (FAILED_PRECONDITION).
 	RemoveImage(context.Context, *RemoveImageRequest) (*RemoveImageResponse, error)
 	mustEmbedUnimplementedImageServiceServer()
 }

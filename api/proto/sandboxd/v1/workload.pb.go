@@ -465,7 +465,10 @@ type WorkloadSpec struct {
 	StopSignal string `protobuf:"bytes,11,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	// Which system calls its processes may make. Left out: the default profile, docker's. Anything else is granted only where
 	// the rule of the policy that matches says "seccomp: any"; without a policy it is refused.
-	Seccomp       *Seccomp `protobuf:"bytes,280,opt,name=seccomp,proto3" json:"seccomp,omitempty"`
+	Seccomp *Seccomp `protobuf:"bytes,280,opt,name=seccomp,proto3" json:"seccomp,omitempty"`
+	// Snapshots of it can be taken, and it can be forked, while it runs: only a VM without a network can ask for that. Its agent is
+	// then reached over a virtio-serial port.
+	Snapshots     bool `protobuf:"varint,500,opt,name=snapshots,proto3" json:"snapshots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -582,6 +585,13 @@ func (x *WorkloadSpec) GetSeccomp() *Seccomp {
 		return x.Seccomp
 	}
 	return nil
+}
+
+func (x *WorkloadSpec) GetSnapshots() bool {
+	if x != nil {
+		return x.Snapshots
+	}
+	return false
 }
 
 // Another filter of system calls than the default one: exactly one of its fields is set.
@@ -1991,7 +2001,7 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	"\x11remove_when_ended\x18\xd6\x03 \x01(\bR\x0fremoveWhenEnded\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcd\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xec\x05\n" +
 	"\fWorkloadSpec\x12 \n" +
 	"\x05image\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x04R\x05image\x12@\n" +
@@ -2008,7 +2018,8 @@ const file_sandboxd_v1_workload_proto_rawDesc = "" +
 	" \x03(\tB#\xbaH \x92\x01\x1d\x10@\"\x19r\x172\x15^(CAP_)?[A-Z_]{1,32}$R\acapDrop\x129\n" +
 	"\vstop_signal\x18\v \x01(\tB\x18\xbaH\x15r\x13\x18\x102\x0f^([A-Z0-9+-]*)$R\n" +
 	"stopSignal\x12/\n" +
-	"\aseccomp\x18\x98\x02 \x01(\v2\x14.sandboxd.v1.SeccompR\aseccomp\"N\n" +
+	"\aseccomp\x18\x98\x02 \x01(\v2\x14.sandboxd.v1.SeccompR\aseccomp\x12\x1d\n" +
+	"\tsnapshots\x18\xf4\x03 \x01(\bR\tsnapshots\"N\n" +
 	"\aSeccomp\x12\x1e\n" +
 	"\n" +
 	"unconfined\x18\x01 \x01(\bR\n" +

@@ -205,7 +205,10 @@ type ConfigureRequest struct {
 	Entropy []byte `protobuf:"bytes,4,opt,name=entropy,proto3" json:"entropy,omitempty"`
 	// What the sandbox was joined to; absent where it has a loopback interface only. A guest kernel sets its interface up so; in
 	// a container that is done. resolv.conf and hosts say it in both.
-	Network       *Network `protobuf:"bytes,220,opt,name=network,proto3" json:"network,omitempty"`
+	Network *Network `protobuf:"bytes,220,opt,name=network,proto3" json:"network,omitempty"`
+	// What /etc/machine-id is to say where the container has one: 32 hexadecimal digits. Only for a guest that goes on from a
+	// snapshot; empty leaves it.
+	MachineId     string `protobuf:"bytes,500,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -273,6 +276,13 @@ func (x *ConfigureRequest) GetNetwork() *Network {
 		return x.Network
 	}
 	return nil
+}
+
+func (x *ConfigureRequest) GetMachineId() string {
+	if x != nil {
+		return x.MachineId
+	}
+	return ""
 }
 
 type Network struct {
@@ -2193,17 +2203,100 @@ func (*ShutdownResponse) Descriptor() ([]byte, []int) {
 	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
+type FreezeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False lets them go on.
+	Frozen        bool `protobuf:"varint,500,opt,name=frozen,proto3" json:"frozen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeRequest) Reset() {
+	*x = FreezeRequest{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeRequest) ProtoMessage() {}
+
+func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
+func (*FreezeRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *FreezeRequest) GetFrozen() bool {
+	if x != nil {
+		return x.Frozen
+	}
+	return false
+}
+
+type FreezeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeResponse) Reset() {
+	*x = FreezeResponse{}
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeResponse) ProtoMessage() {}
+
+func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_agent_v1_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
+func (*FreezeResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+}
+
 var File_sandboxd_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x1dsandboxd/agent/v1/agent.proto\x12\x11sandboxd.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x01\n" +
+	"\x1dsandboxd/agent/v1/agent.proto\x12\x11sandboxd.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf8\x01\n" +
 	"\x10ConfigureRequest\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12,\n" +
 	"\x03now\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x12\x18\n" +
 	"\aentropy\x18\x04 \x01(\fR\aentropy\x125\n" +
-	"\anetwork\x18\xdc\x01 \x01(\v2\x1a.sandboxd.agent.v1.NetworkR\anetwork\"\x83\x02\n" +
+	"\anetwork\x18\xdc\x01 \x01(\v2\x1a.sandboxd.agent.v1.NetworkR\anetwork\x12\x1e\n" +
+	"\n" +
+	"machine_id\x18\xf4\x03 \x01(\tR\tmachineId\"\x83\x02\n" +
 	"\aNetwork\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tinterface\x18\x02 \x01(\tR\tinterface\x12\x10\n" +
@@ -2344,11 +2437,14 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\toom_kills\x18\x88\x02 \x01(\x04R\boomKills\",\n" +
 	"\x0fShutdownRequest\x12\x19\n" +
 	"\bgrace_ms\x18\x01 \x01(\rR\agraceMs\"\x12\n" +
-	"\x10ShutdownResponse*F\n" +
+	"\x10ShutdownResponse\"(\n" +
+	"\rFreezeRequest\x12\x17\n" +
+	"\x06frozen\x18\xf4\x03 \x01(\bR\x06frozen\"\x10\n" +
+	"\x0eFreezeResponse*F\n" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x022\x9f\t\n" +
+	"\rSTREAM_STDERR\x10\x022\xee\t\n" +
 	"\fAgentService\x12V\n" +
 	"\tConfigure\x12#.sandboxd.agent.v1.ConfigureRequest\x1a$.sandboxd.agent.v1.ConfigureResponse\x12\\\n" +
 	"\vAdjustClock\x12%.sandboxd.agent.v1.AdjustClockRequest\x1a&.sandboxd.agent.v1.AdjustClockResponse\x12h\n" +
@@ -2364,7 +2460,8 @@ const file_sandboxd_agent_v1_agent_proto_rawDesc = "" +
 	"\aRelease\x12!.sandboxd.agent.v1.ReleaseRequest\x1a\".sandboxd.agent.v1.ReleaseResponse\x12M\n" +
 	"\x06Retain\x12 .sandboxd.agent.v1.RetainRequest\x1a!.sandboxd.agent.v1.RetainResponse\x12G\n" +
 	"\x04Copy\x12\x1e.sandboxd.agent.v1.CopyRequest\x1a\x1f.sandboxd.agent.v1.CopyResponse\x12J\n" +
-	"\x05Stats\x12\x1f.sandboxd.agent.v1.StatsRequest\x1a .sandboxd.agent.v1.StatsResponse\x12S\n" +
+	"\x05Stats\x12\x1f.sandboxd.agent.v1.StatsRequest\x1a .sandboxd.agent.v1.StatsResponse\x12M\n" +
+	"\x06Freeze\x12 .sandboxd.agent.v1.FreezeRequest\x1a!.sandboxd.agent.v1.FreezeResponse\x12S\n" +
 	"\bShutdown\x12\".sandboxd.agent.v1.ShutdownRequest\x1a#.sandboxd.agent.v1.ShutdownResponseBBZ@github.com/sandboxd/sandboxd/api/proto/sandboxd/agent/v1;agentv1b\x06proto3"
 
 var (
@@ -2380,7 +2477,7 @@ func file_sandboxd_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_sandboxd_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(Stream)(0),                     // 0: sandboxd.agent.v1.Stream
 	(ExecFailure_Reason)(0),         // 1: sandboxd.agent.v1.ExecFailure.Reason
@@ -2419,13 +2516,15 @@ var file_sandboxd_agent_v1_agent_proto_goTypes = []any{
 	(*StatsResponse)(nil),           // 34: sandboxd.agent.v1.StatsResponse
 	(*ShutdownRequest)(nil),         // 35: sandboxd.agent.v1.ShutdownRequest
 	(*ShutdownResponse)(nil),        // 36: sandboxd.agent.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),   // 37: google.protobuf.Timestamp
+	(*FreezeRequest)(nil),           // 37: sandboxd.agent.v1.FreezeRequest
+	(*FreezeResponse)(nil),          // 38: sandboxd.agent.v1.FreezeResponse
+	(*timestamppb.Timestamp)(nil),   // 39: google.protobuf.Timestamp
 }
 var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
-	37, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
+	39, // 0: sandboxd.agent.v1.ConfigureRequest.now:type_name -> google.protobuf.Timestamp
 	4,  // 1: sandboxd.agent.v1.ConfigureRequest.network:type_name -> sandboxd.agent.v1.Network
 	5,  // 2: sandboxd.agent.v1.Network.routes:type_name -> sandboxd.agent.v1.Route
-	37, // 3: sandboxd.agent.v1.AdjustClockResponse.now:type_name -> google.protobuf.Timestamp
+	39, // 3: sandboxd.agent.v1.AdjustClockResponse.now:type_name -> google.protobuf.Timestamp
 	15, // 4: sandboxd.agent.v1.ExecResponse.failure:type_name -> sandboxd.agent.v1.ExecFailure
 	3,  // 5: sandboxd.agent.v1.Launch.configure:type_name -> sandboxd.agent.v1.ConfigureRequest
 	9,  // 6: sandboxd.agent.v1.Launch.container:type_name -> sandboxd.agent.v1.CreateContainerRequest
@@ -2433,9 +2532,9 @@ var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
 	12, // 8: sandboxd.agent.v1.LaunchResult.process:type_name -> sandboxd.agent.v1.ExecResponse
 	1,  // 9: sandboxd.agent.v1.ExecFailure.reason:type_name -> sandboxd.agent.v1.ExecFailure.Reason
 	0,  // 10: sandboxd.agent.v1.Chunk.stream:type_name -> sandboxd.agent.v1.Stream
-	37, // 11: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
+	39, // 11: sandboxd.agent.v1.Chunk.time:type_name -> google.protobuf.Timestamp
 	16, // 12: sandboxd.agent.v1.ReadOutputResponse.chunks:type_name -> sandboxd.agent.v1.Chunk
-	37, // 13: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
+	39, // 13: sandboxd.agent.v1.WaitResponse.time:type_name -> google.protobuf.Timestamp
 	2,  // 14: sandboxd.agent.v1.CopyRequest.direction:type_name -> sandboxd.agent.v1.CopyRequest.Direction
 	3,  // 15: sandboxd.agent.v1.AgentService.Configure:input_type -> sandboxd.agent.v1.ConfigureRequest
 	7,  // 16: sandboxd.agent.v1.AgentService.AdjustClock:input_type -> sandboxd.agent.v1.AdjustClockRequest
@@ -2450,23 +2549,25 @@ var file_sandboxd_agent_v1_agent_proto_depIdxs = []int32{
 	29, // 25: sandboxd.agent.v1.AgentService.Retain:input_type -> sandboxd.agent.v1.RetainRequest
 	31, // 26: sandboxd.agent.v1.AgentService.Copy:input_type -> sandboxd.agent.v1.CopyRequest
 	33, // 27: sandboxd.agent.v1.AgentService.Stats:input_type -> sandboxd.agent.v1.StatsRequest
-	35, // 28: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
-	6,  // 29: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
-	8,  // 30: sandboxd.agent.v1.AgentService.AdjustClock:output_type -> sandboxd.agent.v1.AdjustClockResponse
-	10, // 31: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
-	12, // 32: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
-	18, // 33: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
-	20, // 34: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
-	22, // 35: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
-	24, // 36: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
-	26, // 37: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
-	28, // 38: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
-	30, // 39: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
-	32, // 40: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
-	34, // 41: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
-	36, // 42: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
-	29, // [29:43] is the sub-list for method output_type
-	15, // [15:29] is the sub-list for method input_type
+	37, // 28: sandboxd.agent.v1.AgentService.Freeze:input_type -> sandboxd.agent.v1.FreezeRequest
+	35, // 29: sandboxd.agent.v1.AgentService.Shutdown:input_type -> sandboxd.agent.v1.ShutdownRequest
+	6,  // 30: sandboxd.agent.v1.AgentService.Configure:output_type -> sandboxd.agent.v1.ConfigureResponse
+	8,  // 31: sandboxd.agent.v1.AgentService.AdjustClock:output_type -> sandboxd.agent.v1.AdjustClockResponse
+	10, // 32: sandboxd.agent.v1.AgentService.CreateContainer:output_type -> sandboxd.agent.v1.CreateContainerResponse
+	12, // 33: sandboxd.agent.v1.AgentService.Exec:output_type -> sandboxd.agent.v1.ExecResponse
+	18, // 34: sandboxd.agent.v1.AgentService.ReadOutput:output_type -> sandboxd.agent.v1.ReadOutputResponse
+	20, // 35: sandboxd.agent.v1.AgentService.WriteInput:output_type -> sandboxd.agent.v1.WriteInputResponse
+	22, // 36: sandboxd.agent.v1.AgentService.Resize:output_type -> sandboxd.agent.v1.ResizeResponse
+	24, // 37: sandboxd.agent.v1.AgentService.Signal:output_type -> sandboxd.agent.v1.SignalResponse
+	26, // 38: sandboxd.agent.v1.AgentService.Wait:output_type -> sandboxd.agent.v1.WaitResponse
+	28, // 39: sandboxd.agent.v1.AgentService.Release:output_type -> sandboxd.agent.v1.ReleaseResponse
+	30, // 40: sandboxd.agent.v1.AgentService.Retain:output_type -> sandboxd.agent.v1.RetainResponse
+	32, // 41: sandboxd.agent.v1.AgentService.Copy:output_type -> sandboxd.agent.v1.CopyResponse
+	34, // 42: sandboxd.agent.v1.AgentService.Stats:output_type -> sandboxd.agent.v1.StatsResponse
+	38, // 43: sandboxd.agent.v1.AgentService.Freeze:output_type -> sandboxd.agent.v1.FreezeResponse
+	36, // 44: sandboxd.agent.v1.AgentService.Shutdown:output_type -> sandboxd.agent.v1.ShutdownResponse
+	30, // [30:45] is the sub-list for method output_type
+	15, // [15:30] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -2483,7 +2584,7 @@ func file_sandboxd_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_agent_v1_agent_proto_rawDesc), len(file_sandboxd_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   34,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

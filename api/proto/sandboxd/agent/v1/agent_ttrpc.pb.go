@@ -21,6 +21,7 @@ type AgentServiceService interface {
 	Retain(context.Context, *RetainRequest) (*RetainResponse, error)
 	Copy(context.Context, *CopyRequest) (*CopyResponse, error)
 	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
+	Freeze(context.Context, *FreezeRequest) (*FreezeResponse, error)
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
 }
 
@@ -117,6 +118,13 @@ func RegisterAgentServiceService(srv *ttrpc.Server, svc AgentServiceService) {
 					return nil, err
 				}
 				return svc.Stats(ctx, &req)
+			},
+			"Freeze": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req FreezeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Freeze(ctx, &req)
 			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ShutdownRequest
@@ -238,6 +246,14 @@ func (c *agentserviceClient) Copy(ctx context.Context, req *CopyRequest) (*CopyR
 func (c *agentserviceClient) Stats(ctx context.Context, req *StatsRequest) (*StatsResponse, error) {
 	var resp StatsResponse
 	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Stats", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentserviceClient) Freeze(ctx context.Context, req *FreezeRequest) (*FreezeResponse, error) {
+	var resp FreezeResponse
+	if err := c.client.Call(ctx, "sandboxd.agent.v1.AgentService", "Freeze", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
