@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/sandboxd/sandboxd/pkg/fault"
 	"github.com/sandboxd/sandboxd/pkg/phase"
@@ -29,8 +32,10 @@ func (m *Manager) Delete(ctx context.Context, ref string, force bool) error {
 	}
 	result := make(chan error, 1)
 	m.owned.Go(func() {
-		defer e.unlock()
-		result <- e.delete()
+		err := e.delete()
+		e.unlock()
+		result <- err
+		e.keepRemoving()
 	})
 	select {
 	case err := <-result:
@@ -87,6 +92,48 @@ func (e *entry) delete() error {
 		return err
 	}
 	return e.remove()
+}
+
+const (
+	// removeRetryMin and Max space the attempts to finish a removal that failed: what was in its way (a full disk, a mount that
+	// is busy) may go by itself.
+	removeRetryMin, removeRetryMax = time.Second, time.Minute
+	// removeRetries bounds them, about an hour; then it takes a caller, or the next daemon.
+	removeRetries = 64
+)
+
+// keepRemoving tries again to finish what the state DELETING promises, one at a time for a workload, until it is done. A caller
+// who asks meanwhile is as good.
+func (e *entry) keepRemoving() {
+	deleting := func() bool {
+		rec, _, _ := e.peek()
+		return rec.Status.State == StateDeleting && e.m.has(e)
+	}
+	if !deleting() || !e.removing.CompareAndSwap(false, true) {
+		return
+	}
+	defer e.removing.Store(false)
+	wait := removeRetryMin
+	for range removeRetries {
+		select {
+		case <-time.After(wait):
+		case <-e.m.ctx.Done():
+			return
+		}
+		if e.lock(e.m.ctx) != nil {
+			return
+		}
+		var err error
+		if deleting() {
+			err = e.remove()
+		}
+		e.unlock()
+		if err == nil {
+			return
+		}
+		e.m.cfg.Log.Warn("cannot finish removing a workload; it is tried again", zap.String("workload", e.id), zap.Error(err))
+		wait = min(2*wait, removeRetryMax)
+	}
 }
 
 // remove finishes what the state DELETING promises.

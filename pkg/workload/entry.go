@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -34,6 +35,8 @@ type entry struct {
 	ready bool
 	// Held by the verb that is building or taking down the workload's walls.
 	op chan struct{}
+	// Somebody tries again to finish its removal: keepRemoving.
+	removing atomic.Bool
 
 	mu  sync.Mutex // guards what follows
 	rec record

@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -175,8 +176,29 @@ type faultyRuntime struct {
 	// Release of these fails.
 	releaseError map[string]error
 
-	mu          sync.Mutex // guards attachError
+	mu          sync.Mutex // guards what follows
 	attachError error
+	// So many calls of Remove fail.
+	removeFails int
+}
+
+func (f *faultyRuntime) failRemoves(n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.removeFails = n
+}
+
+func (f *faultyRuntime) Remove(ctx context.Context, id string) error {
+	f.mu.Lock()
+	fails := f.removeFails > 0
+	if fails {
+		f.removeFails--
+	}
+	f.mu.Unlock()
+	if fails {
+		return errors.New("device busy")
+	}
+	return f.Runtime.Remove(ctx, id)
 }
 
 func (f *faultyRuntime) setAttachError(err error) {

@@ -125,7 +125,11 @@ func (e *entry) recover(ctx context.Context) error {
 	}
 	switch rec.Status.State {
 	case StateDeleting:
-		return e.remove()
+		err := e.remove()
+		if err != nil {
+			e.m.owned.Go(e.keepRemoving)
+		}
+		return err
 	case StateStarting, StateRunning, StatePaused, StateStopping:
 	default:
 		return e.takeDown(ctx)

@@ -153,12 +153,16 @@ func (e *entry) removeEnded(begin func(RunEvent) func(string, error) error) erro
 		return nil
 	}
 	done := begin(RunRemoved)
-	return done(e.id, e.delete())
+	err := done(e.id, e.delete())
+	if err != nil {
+		e.m.owned.Go(e.keepRemoving)
+	}
+	return err
 }
 
 func (e *entry) logUnremoved(err error) {
 	if err != nil && e.m.ctx.Err() == nil {
-		e.m.cfg.Log.Error("cannot remove a workload that has ended; it is tried again when sandboxd is started the next time",
+		e.m.cfg.Log.Error("cannot remove a workload that has ended; once its removal has begun it is tried again, and when sandboxd is started the next time",
 			zap.String("workload", e.id), zap.Error(err))
 	}
 }
