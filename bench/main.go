@@ -33,6 +33,7 @@ type options struct {
 	only       string
 	manyVMs    int
 	templates  bool
+	large      bool
 }
 
 func main() {
@@ -68,6 +69,7 @@ var parts = []struct {
 	{"memory", benchMemory},
 	{"many", benchMany},
 	{"rate", benchRates},
+	{"heap", benchHeap},
 	{"output", benchOutput},
 	{"execs", benchManyExecs},
 }

@@ -125,6 +125,9 @@ func (o options) place(dir string) (string, string) {
 	if o.templates {
 		kind = append(kind, "templates")
 	}
+	if o.large {
+		kind = append(kind, "large")
+	}
 	if len(kind) == 0 {
 		return dir, "plain"
 	}
