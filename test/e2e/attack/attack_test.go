@@ -214,10 +214,13 @@ func evilExe(t *testing.T, w harness.Wall) [2]string {
 	}
 }
 
+// Descriptors that an agent may have open, as names in /proc.
+const firstDescriptor, lastDescriptor = 3, 24
+
 // workdirNames are the image's links and the names in /proc to what whoever enters a working directory has open (CVE-2024-21626).
 func workdirNames() []string {
 	names := []string{"/evil-cwd", "/evil-fd", "/proc/self/cwd", "/proc/thread-self/cwd", "/evil-cwd/../proc/self/cwd"}
-	for fd := 3; fd < 12; fd++ {
+	for fd := firstDescriptor; fd < lastDescriptor; fd++ {
 		names = append(names, fmt.Sprint("/proc/self/fd/", fd))
 	}
 	return names
