@@ -357,6 +357,10 @@ func (p *pool) prepare(st *start, want *preparation) error {
 	st.prepared = want
 	_ = st.root.Close() // the agent has its own
 	st.root = nil
+	if st.innerDoor != nil {
+		_ = st.innerDoor.Close() // nothing was written
+		st.innerDoor = nil
+	}
 	return nil
 }
 
