@@ -56,13 +56,15 @@ func TestHost(t *testing.T) {
 		h.tests(t, "./pkg/cgroup", "TestProcessIsInEveryHierarchyFromItsFirstInstruction", "TestMemoryLimitBites",
 			"TestPidsLimitBites", "TestDeleteKillsForkersAndIsIdempotent", "TestDaemonIsNeverAProcessOfTheGroup",
 			"TestV2OnlyLimits", "TestFreeze", "TestOOMIsCounted", "TestLimitsChangeWhileRunning",
-			"TestLessMemoryThanUsedIsRefused", "TestUnenforceableIsRefused", "TestIOLimitBitesAndIsCounted", "TestUsageOfAKnownLoad")
+			"TestLessMemoryThanUsedIsRefused", "TestUnenforceableIsRefused", "TestIOLimitBitesAndIsCounted", "TestUsageOfAKnownLoad",
+			"TestInnerLimitLeavesTheRest", "TestWeightsShareOneProcessor", "TestMemoryHighSlowsDown", "TestOOMGroupEndsAll")
 	})
 	t.Run("containers on Linux 6.1", func(t *testing.T) {
 		h.tests(t, "./pkg/runtime/container", "TestSandboxStandsAndLeavesNothing", "TestReleaseKeepsTheLayerWithUnshiftedIDs",
 			"TestLimitsBite", "TestNextDaemonFindsSandboxes", "TestSpareLayerIsLikeNew", "TestRootsAreMadeAheadOfTime",
 			"TestAgentThatCannotBecomeOneSaysWhy")
 	})
+	t.Run("limits of containers", func(t *testing.T) { testLimits(t, h) })
 	t.Run("daemon with both walls", func(t *testing.T) { testDaemon(t, h) })
 }
 
