@@ -54,6 +54,9 @@ func (g *Group) awaitFrozen(ctx context.Context) error {
 	}
 }
 
+// Frozen reports whether the group stands still.
+func (g *Group) Frozen() (bool, error) { return g.h.frozen(g.path) }
+
 // Thaw lets a frozen group go on. Idempotent.
 func (g *Group) Thaw() error {
 	if err := g.h.freeze(g.path, false); err != nil && !gone(err) {

@@ -54,6 +54,11 @@ type instance struct {
 	first net.Conn
 	// How it writes to its disk now; rec says how it began. Guarded by mu.
 	directDisk bool
+
+	// Held while QEMU is asked, and nothing else is then: see addWritten.
+	writtenMu sync.Mutex
+	// The guest's writes, when last heard of. Guarded by writtenMu.
+	wroteBytes, wrote uint64
 }
 
 // member is one of a VM's processes.
@@ -206,6 +211,7 @@ func (i *instance) Usage() (spec.Usage, error) {
 	if err != nil || i.layer == "" {
 		return usage, err
 	}
+	i.addWritten(&usage)
 	usage.DiskBytes, usage.DiskLimitBytes, err = disk.Usage(i.layer)
 	return usage, err
 }
