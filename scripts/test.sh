@@ -11,7 +11,7 @@ set -euo pipefail
 MODULE=github.com/sandboxd/sandboxd
 
 # A package's tests that take longer hang.
-readonly UNIT_TIMEOUT=10m E2E_TIMEOUT=25m HOST_TIMEOUT=25m
+readonly UNIT_TIMEOUT=10m E2E_TIMEOUT=25m HOST_TIMEOUT=40m
 
 # These share state between goroutines on every path, so they run under the race detector, which needs cgo.
 RACE=(./pkg/workload/... ./pkg/agent/... ./pkg/vhostvsock/... ./pkg/server/... ./pkg/client/...)
