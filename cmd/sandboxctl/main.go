@@ -126,7 +126,7 @@ request is at fault; 126 when the command cannot be executed; 127 when it is not
 	add(groupRun, a.runCommand(), a.createCommand(), a.startCommand(), a.stopCommand(), a.killCommand(), a.waitCommand(),
 		a.updateCommand(), a.pauseCommand(), a.resumeCommand(), a.snapshotCommand(), a.restoreCommand(), a.forkCommand(),
 		a.rmCommand(), a.execCommand(), a.attachCommand(), a.cpCommand())
-	add(groupLook, a.psCommand(), a.inspectCommand(), a.logsCommand(), a.eventsCommand(), a.statsCommand())
+	add(groupLook, a.psCommand(), a.inspectCommand(), a.logsCommand(), a.eventsCommand(), a.statsCommand(), a.topCommand())
 	add(groupRest, a.imageCommand(), a.templateCommand(), a.policyCommand(), a.doctorCommand(), a.versionCommand(), a.manCommand())
 	root.SetHelpCommandGroupID(groupRest)
 	root.SetCompletionCommandGroupID(groupRest)

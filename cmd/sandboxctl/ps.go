@@ -12,6 +12,14 @@ import (
 	"github.com/sandboxd/sandboxd/pkg/client"
 )
 
+// active are the states in which a workload has a sandbox.
+var active = []sandboxdv1.WorkloadState{
+	sandboxdv1.WorkloadState_WORKLOAD_STATE_STARTING,
+	sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING,
+	sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED,
+	sandboxdv1.WorkloadState_WORKLOAD_STATE_STOPPING,
+}
+
 func (a *app) psCommand() *cobra.Command {
 	var all, quiet bool
 	var filters []string
@@ -31,12 +39,7 @@ prints one array of workloads.`,
 				return err
 			}
 			if !all && len(f.request.States) == 0 {
-				f.request.States = []sandboxdv1.WorkloadState{
-					sandboxdv1.WorkloadState_WORKLOAD_STATE_STARTING,
-					sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING,
-					sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED,
-					sandboxdv1.WorkloadState_WORKLOAD_STATE_STOPPING,
-				}
+				f.request.States = active
 			}
 			list, err := f.list(ctx, c)
 			if err != nil {

@@ -7,8 +7,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/pkg/client"
@@ -86,26 +84,12 @@ func (a *app) stats(ctx context.Context, c *client.Client, refs []string, once b
 
 // usages asks for those named, or for all that run; of the latter one that has just ended is left out.
 func usages(ctx context.Context, c *client.Client, refs []string) ([]*sandboxdv1.Usage, error) {
-	all := len(refs) == 0
-	if all {
-		running, err := c.ListWorkloads(ctx, &sandboxdv1.ListWorkloadsRequest{
-			States: []sandboxdv1.WorkloadState{
-				sandboxdv1.WorkloadState_WORKLOAD_STATE_RUNNING, sandboxdv1.WorkloadState_WORKLOAD_STATE_PAUSED,
-			},
-		})
-		if err != nil {
-			return nil, err
-		}
-		for _, w := range running {
-			refs = append(refs, w.GetId())
-		}
+	if len(refs) == 0 {
+		return c.ListUsage(ctx, &sandboxdv1.ListUsageRequest{})
 	}
 	var list []*sandboxdv1.Usage
 	for _, ref := range refs {
 		r, err := c.Workloads.GetUsage(ctx, &sandboxdv1.GetUsageRequest{Id: ref})
-		if code := status.Code(err); all && (code == codes.NotFound || code == codes.FailedPrecondition) {
-			continue
-		}
 		if err != nil {
 			return nil, err
 		}

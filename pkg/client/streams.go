@@ -6,6 +6,7 @@ import (
 	"io"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	sandboxdv1 "github.com/sandboxd/sandboxd/api/proto/sandboxd/v1"
 )
@@ -127,6 +128,23 @@ func (c *Client) ListWorkloads(ctx context.Context, request *sandboxdv1.ListWork
 		}
 		all = append(all, page.GetWorkloads()...)
 		if request.PageToken = page.GetNextPageToken(); request.PageToken == "" {
+			return all, nil
+		}
+	}
+}
+
+// ListUsage asks for all pages: what every workload that runs or is paused uses.
+func (c *Client) ListUsage(ctx context.Context, request *sandboxdv1.ListUsageRequest) ([]*sandboxdv1.Usage, error) {
+	page := proto.CloneOf(request)
+	page.PageSize = 1000
+	var all []*sandboxdv1.Usage
+	for {
+		r, err := c.Workloads.ListUsage(ctx, page)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, r.GetUsages()...)
+		if page.PageToken = r.GetNextPageToken(); page.PageToken == "" {
 			return all, nil
 		}
 	}

@@ -67,6 +67,7 @@ var methods = map[string]row{
 	sandboxdv1.WorkloadService_CopyIn_FullMethodName:         {verb: access.Copy, on: onWorkload, audited: true},
 	sandboxdv1.WorkloadService_CopyOut_FullMethodName:        {verb: access.Copy, on: onWorkload, audited: true},
 	sandboxdv1.WorkloadService_GetUsage_FullMethodName:       {verb: access.View, on: onWorkload},
+	sandboxdv1.WorkloadService_ListUsage_FullMethodName:      {verb: access.View, on: onVisible},
 	sandboxdv1.WorkloadService_WatchEvents_FullMethodName:    {verb: access.View, on: onVisible, long: true},
 	sandboxdv1.WorkloadService_GetOCIConfig_FullMethodName:   {verb: access.View, on: onWorkload},
 

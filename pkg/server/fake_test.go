@@ -30,6 +30,7 @@ type fakeWorkloads struct {
 	run      func(context.Context, workload.RunOptions, func(workload.RunEvent, workload.Workload) error) error
 	get      func(ref string) (workload.Workload, error)
 	list     func(workload.Filter, int, string) ([]workload.Workload, string, error)
+	usage    func(context.Context, string) (workload.Usage, error)
 	wait     func(context.Context, string) (workload.Workload, error)
 	stop     func(context.Context, string, time.Duration) (workload.Workload, error)
 	logs     func(context.Context, string, workload.LogOptions, func(workload.LogEntry) error) error
@@ -55,6 +56,9 @@ func (f *fakeWorkloads) Run(ctx context.Context, o workload.RunOptions, fn func(
 func (f *fakeWorkloads) Get(ref string) (workload.Workload, error) { return f.get(ref) }
 func (f *fakeWorkloads) List(w workload.Filter, size int, token string) ([]workload.Workload, string, error) {
 	return f.list(w, size, token)
+}
+func (f *fakeWorkloads) Usage(ctx context.Context, ref string) (workload.Usage, error) {
+	return f.usage(ctx, ref)
 }
 func (f *fakeWorkloads) Wait(ctx context.Context, ref string) (workload.Workload, error) {
 	return f.wait(ctx, ref)

@@ -89,12 +89,10 @@ func (s *workloadService) GetWorkload(_ context.Context, r *sandboxdv1.GetWorklo
 }
 
 func (s *workloadService) ListWorkloads(ctx context.Context, r *sandboxdv1.ListWorkloadsRequest) (*sandboxdv1.ListWorkloadsResponse, error) {
-	f := workload.Filter{Labels: r.GetLabels(), Isolation: isolations.fromAPI(r.GetIsolation())}
-	if f.Isolation == spec.IsolationAuto || (f.Isolation == "" && r.GetIsolation() != 0) {
-		return nil, spec.Invalidf("isolation", "isolation must be container or vm: no workload runs as %s", r.GetIsolation())
+	f, err := filterOf(ctx, r.GetLabels(), r.GetIsolation())
+	if err != nil {
+		return nil, err
 	}
-	permit := permitOf(ctx)
-	f.Visible = func(w workload.Workload) bool { return permit.lists(w.Labels, w.Owner) }
 	for _, state := range r.GetStates() {
 		ours := states.fromAPI(state)
 		if ours == "" {
@@ -115,6 +113,19 @@ func (s *workloadService) ListWorkloads(ctx context.Context, r *sandboxdv1.ListW
 			return answer, nil
 		}
 	}
+}
+
+// filterOf selects workloads that the caller may see, with these labels, and of this isolation if it is not 0.
+func filterOf(ctx context.Context, labels map[string]string, isolation sandboxdv1.Isolation) (workload.Filter, error) {
+	permit := permitOf(ctx)
+	f := workload.Filter{
+		Labels: labels, Isolation: isolations.fromAPI(isolation),
+		Visible: func(w workload.Workload) bool { return permit.lists(w.Labels, w.Owner) },
+	}
+	if f.Isolation == spec.IsolationAuto || (f.Isolation == "" && isolation != 0) {
+		return f, spec.Invalidf("isolation", "isolation must be container or vm: no workload runs as %s", isolation)
+	}
+	return f, nil
 }
 
 // pageSize is the page a request asks for; validation bounds it.
@@ -157,14 +168,6 @@ func (s *workloadService) DeleteWorkload(ctx context.Context, r *sandboxdv1.Dele
 		return nil, err
 	}
 	return &sandboxdv1.DeleteWorkloadResponse{}, nil
-}
-
-func (s *workloadService) GetUsage(ctx context.Context, r *sandboxdv1.GetUsageRequest) (*sandboxdv1.GetUsageResponse, error) {
-	u, err := s.Workloads.Usage(ctx, r.GetId())
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxdv1.GetUsageResponse{Usage: usageToAPI(u)}, nil
 }
 
 func (s *workloadService) GetOCIConfig(ctx context.Context, r *sandboxdv1.GetOCIConfigRequest) (*sandboxdv1.GetOCIConfigResponse, error) {

@@ -80,6 +80,13 @@ func (p *terminal) shows(t *testing.T, text string) {
 // at runs sandboxctl as a person at a terminal would: it is the session's leader, and the terminal is its own.
 func (p *terminal) at(t *testing.T, slave *os.File, i *invocation) (exited func() int) {
 	t.Helper()
+	_, exited = p.started(t, slave, i)
+	return exited
+}
+
+// started is at, with the process's id.
+func (p *terminal) started(t *testing.T, slave *os.File, i *invocation) (pid int, exited func() int) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), harness.CallTimeout)
 	cmd := i.Cmd(ctx)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
@@ -95,7 +102,7 @@ func (p *terminal) at(t *testing.T, slave *os.File, i *invocation) (exited func(
 		return cmd.ProcessState.ExitCode()
 	}
 	t.Cleanup(func() { exited() })
-	return exited
+	return cmd.Process.Pid, exited
 }
 
 func TestTerminal(t *testing.T) {

@@ -2704,6 +2704,133 @@ func (x *GetUsageResponse) GetUsage() *Usage {
 	return nil
 }
 
+type ListUsageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Every pair must match; an empty value matches any.
+	Labels map[string]string `protobuf:"bytes,1,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Unspecified means all.
+	Isolation Isolation `protobuf:"varint,2,opt,name=isolation,proto3,enum=sandboxd.v1.Isolation" json:"isolation,omitempty"`
+	// 1 to 1000; 0 is 100.
+	PageSize uint32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// next_page_token of the answer before.
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsageRequest) Reset() {
+	*x = ListUsageRequest{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsageRequest) ProtoMessage() {}
+
+func (x *ListUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsageRequest.ProtoReflect.Descriptor instead.
+func (*ListUsageRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ListUsageRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *ListUsageRequest) GetIsolation() Isolation {
+	if x != nil {
+		return x.Isolation
+	}
+	return Isolation_ISOLATION_UNSPECIFIED
+}
+
+func (x *ListUsageRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListUsageRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ListUsageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest workload first; one that ended meanwhile is left out. Guests that are slow to say how they use their memory are waited
+	// for 4 seconds, all of them together; the rest is the host's own count.
+	Usages []*Usage `protobuf:"bytes,1,rep,name=usages,proto3" json:"usages,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsageResponse) Reset() {
+	*x = ListUsageResponse{}
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsageResponse) ProtoMessage() {}
+
+func (x *ListUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsageResponse.ProtoReflect.Descriptor instead.
+func (*ListUsageResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ListUsageResponse) GetUsages() []*Usage {
+	if x != nil {
+		return x.Usages
+	}
+	return nil
+}
+
+func (x *ListUsageResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 type WatchEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only of this workload.
@@ -2716,7 +2843,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2728,7 +2855,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[43]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2741,7 +2868,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{43}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *WatchEventsRequest) GetId() string {
@@ -2767,7 +2894,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2779,7 +2906,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[44]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2792,7 +2919,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{44}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WatchEventsResponse) GetEvent() *Event {
@@ -2811,7 +2938,7 @@ type GetOCIConfigRequest struct {
 
 func (x *GetOCIConfigRequest) Reset() {
 	*x = GetOCIConfigRequest{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[45]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2823,7 +2950,7 @@ func (x *GetOCIConfigRequest) String() string {
 func (*GetOCIConfigRequest) ProtoMessage() {}
 
 func (x *GetOCIConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[45]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2836,7 +2963,7 @@ func (x *GetOCIConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOCIConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetOCIConfigRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{45}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GetOCIConfigRequest) GetId() string {
@@ -2855,7 +2982,7 @@ type GetOCIConfigResponse struct {
 
 func (x *GetOCIConfigResponse) Reset() {
 	*x = GetOCIConfigResponse{}
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[46]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2867,7 +2994,7 @@ func (x *GetOCIConfigResponse) String() string {
 func (*GetOCIConfigResponse) ProtoMessage() {}
 
 func (x *GetOCIConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[46]
+	mi := &file_sandboxd_v1_workload_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2880,7 +3007,7 @@ func (x *GetOCIConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOCIConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetOCIConfigResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{46}
+	return file_sandboxd_v1_workload_service_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetOCIConfigResponse) GetConfig() []byte {
@@ -3070,7 +3197,19 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x02id\"<\n" +
 	"\x10GetUsageResponse\x12(\n" +
-	"\x05usage\x18\x01 \x01(\v2\x12.sandboxd.v1.UsageR\x05usage\"`\n" +
+	"\x05usage\x18\x01 \x01(\v2\x12.sandboxd.v1.UsageR\x05usage\"\xba\x02\n" +
+	"\x10ListUsageRequest\x12[\n" +
+	"\x06labels\x18\x01 \x03(\v2).sandboxd.v1.ListUsageRequest.LabelsEntryB\x18\xbaH\x15\x9a\x01\x12\x10@\"\ar\x05\x10\x01\x18\x80\x01*\x05r\x03\x18\x80\bR\x06labels\x12>\n" +
+	"\tisolation\x18\x02 \x01(\x0e2\x16.sandboxd.v1.IsolationB\b\xbaH\x05\x82\x01\x02\x10\x01R\tisolation\x12%\n" +
+	"\tpage_size\x18\x03 \x01(\rB\b\xbaH\x05*\x03\x18\xe8\aR\bpageSize\x12'\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\tpageToken\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"g\n" +
+	"\x11ListUsageResponse\x12*\n" +
+	"\x06usages\x18\x01 \x03(\v2\x12.sandboxd.v1.UsageR\x06usages\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"`\n" +
 	"\x12WatchEventsRequest\x12\x18\n" +
 	"\x02id\x18\x01 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\x02id\x120\n" +
 	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"?\n" +
@@ -3090,7 +3229,7 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"\fOutputStream\x12\x1d\n" +
 	"\x19OUTPUT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14OUTPUT_STREAM_STDOUT\x10\x01\x12\x18\n" +
-	"\x14OUTPUT_STREAM_STDERR\x10\x022\x82\r\n" +
+	"\x14OUTPUT_STREAM_STDERR\x10\x022\xce\r\n" +
 	"\x0fWorkloadService\x12Y\n" +
 	"\x0eCreateWorkload\x12\".sandboxd.v1.CreateWorkloadRequest\x1a#.sandboxd.v1.CreateWorkloadResponse\x12V\n" +
 	"\rStartWorkload\x12!.sandboxd.v1.StartWorkloadRequest\x1a\".sandboxd.v1.StartWorkloadResponse\x12P\n" +
@@ -3110,7 +3249,8 @@ const file_sandboxd_v1_workload_service_proto_rawDesc = "" +
 	"StreamLogs\x12\x1e.sandboxd.v1.StreamLogsRequest\x1a\x1f.sandboxd.v1.StreamLogsResponse0\x01\x12C\n" +
 	"\x06CopyIn\x12\x1a.sandboxd.v1.CopyInRequest\x1a\x1b.sandboxd.v1.CopyInResponse(\x01\x12F\n" +
 	"\aCopyOut\x12\x1b.sandboxd.v1.CopyOutRequest\x1a\x1c.sandboxd.v1.CopyOutResponse0\x01\x12G\n" +
-	"\bGetUsage\x12\x1c.sandboxd.v1.GetUsageRequest\x1a\x1d.sandboxd.v1.GetUsageResponse\x12R\n" +
+	"\bGetUsage\x12\x1c.sandboxd.v1.GetUsageRequest\x1a\x1d.sandboxd.v1.GetUsageResponse\x12J\n" +
+	"\tListUsage\x12\x1d.sandboxd.v1.ListUsageRequest\x1a\x1e.sandboxd.v1.ListUsageResponse\x12R\n" +
 	"\vWatchEvents\x12\x1f.sandboxd.v1.WatchEventsRequest\x1a .sandboxd.v1.WatchEventsResponse0\x01\x12S\n" +
 	"\fGetOCIConfig\x12 .sandboxd.v1.GetOCIConfigRequest\x1a!.sandboxd.v1.GetOCIConfigResponseB?Z=github.com/sandboxd/sandboxd/api/proto/sandboxd/v1;sandboxdv1b\x06proto3"
 
@@ -3127,7 +3267,7 @@ func file_sandboxd_v1_workload_service_proto_rawDescGZIP() []byte {
 }
 
 var file_sandboxd_v1_workload_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_sandboxd_v1_workload_service_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_sandboxd_v1_workload_service_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_sandboxd_v1_workload_service_proto_goTypes = []any{
 	(RunEvent)(0),                  // 0: sandboxd.v1.RunEvent
 	(OutputStream)(0),              // 1: sandboxd.v1.OutputStream
@@ -3174,110 +3314,118 @@ var file_sandboxd_v1_workload_service_proto_goTypes = []any{
 	(*CopyOutResponse)(nil),        // 42: sandboxd.v1.CopyOutResponse
 	(*GetUsageRequest)(nil),        // 43: sandboxd.v1.GetUsageRequest
 	(*GetUsageResponse)(nil),       // 44: sandboxd.v1.GetUsageResponse
-	(*WatchEventsRequest)(nil),     // 45: sandboxd.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),    // 46: sandboxd.v1.WatchEventsResponse
-	(*GetOCIConfigRequest)(nil),    // 47: sandboxd.v1.GetOCIConfigRequest
-	(*GetOCIConfigResponse)(nil),   // 48: sandboxd.v1.GetOCIConfigResponse
-	nil,                            // 49: sandboxd.v1.CreateWorkloadRequest.LabelsEntry
-	nil,                            // 50: sandboxd.v1.ListWorkloadsRequest.LabelsEntry
-	nil,                            // 51: sandboxd.v1.RunWorkloadRequest.LabelsEntry
-	(*WorkloadSpec)(nil),           // 52: sandboxd.v1.WorkloadSpec
-	(*Workload)(nil),               // 53: sandboxd.v1.Workload
-	(WorkloadState)(0),             // 54: sandboxd.v1.WorkloadState
-	(Isolation)(0),                 // 55: sandboxd.v1.Isolation
-	(*durationpb.Duration)(nil),    // 56: google.protobuf.Duration
-	(*Resources)(nil),              // 57: sandboxd.v1.Resources
-	(*fieldmaskpb.FieldMask)(nil),  // 58: google.protobuf.FieldMask
-	(*TerminalSize)(nil),           // 59: sandboxd.v1.TerminalSize
-	(*timestamppb.Timestamp)(nil),  // 60: google.protobuf.Timestamp
-	(*Usage)(nil),                  // 61: sandboxd.v1.Usage
-	(*Event)(nil),                  // 62: sandboxd.v1.Event
+	(*ListUsageRequest)(nil),       // 45: sandboxd.v1.ListUsageRequest
+	(*ListUsageResponse)(nil),      // 46: sandboxd.v1.ListUsageResponse
+	(*WatchEventsRequest)(nil),     // 47: sandboxd.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),    // 48: sandboxd.v1.WatchEventsResponse
+	(*GetOCIConfigRequest)(nil),    // 49: sandboxd.v1.GetOCIConfigRequest
+	(*GetOCIConfigResponse)(nil),   // 50: sandboxd.v1.GetOCIConfigResponse
+	nil,                            // 51: sandboxd.v1.CreateWorkloadRequest.LabelsEntry
+	nil,                            // 52: sandboxd.v1.ListWorkloadsRequest.LabelsEntry
+	nil,                            // 53: sandboxd.v1.RunWorkloadRequest.LabelsEntry
+	nil,                            // 54: sandboxd.v1.ListUsageRequest.LabelsEntry
+	(*WorkloadSpec)(nil),           // 55: sandboxd.v1.WorkloadSpec
+	(*Workload)(nil),               // 56: sandboxd.v1.Workload
+	(WorkloadState)(0),             // 57: sandboxd.v1.WorkloadState
+	(Isolation)(0),                 // 58: sandboxd.v1.Isolation
+	(*durationpb.Duration)(nil),    // 59: google.protobuf.Duration
+	(*Resources)(nil),              // 60: sandboxd.v1.Resources
+	(*fieldmaskpb.FieldMask)(nil),  // 61: google.protobuf.FieldMask
+	(*TerminalSize)(nil),           // 62: sandboxd.v1.TerminalSize
+	(*timestamppb.Timestamp)(nil),  // 63: google.protobuf.Timestamp
+	(*Usage)(nil),                  // 64: sandboxd.v1.Usage
+	(*Event)(nil),                  // 65: sandboxd.v1.Event
 }
 var file_sandboxd_v1_workload_service_proto_depIdxs = []int32{
-	49, // 0: sandboxd.v1.CreateWorkloadRequest.labels:type_name -> sandboxd.v1.CreateWorkloadRequest.LabelsEntry
-	52, // 1: sandboxd.v1.CreateWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
-	53, // 2: sandboxd.v1.CreateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	53, // 3: sandboxd.v1.StartWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	53, // 4: sandboxd.v1.GetWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	50, // 5: sandboxd.v1.ListWorkloadsRequest.labels:type_name -> sandboxd.v1.ListWorkloadsRequest.LabelsEntry
-	54, // 6: sandboxd.v1.ListWorkloadsRequest.states:type_name -> sandboxd.v1.WorkloadState
-	55, // 7: sandboxd.v1.ListWorkloadsRequest.isolation:type_name -> sandboxd.v1.Isolation
-	53, // 8: sandboxd.v1.ListWorkloadsResponse.workloads:type_name -> sandboxd.v1.Workload
-	56, // 9: sandboxd.v1.StopWorkloadRequest.grace:type_name -> google.protobuf.Duration
-	53, // 10: sandboxd.v1.StopWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	57, // 11: sandboxd.v1.UpdateWorkloadRequest.resources:type_name -> sandboxd.v1.Resources
-	58, // 12: sandboxd.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	53, // 13: sandboxd.v1.UpdateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	53, // 14: sandboxd.v1.PauseWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	53, // 15: sandboxd.v1.ResumeWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	53, // 16: sandboxd.v1.WaitWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
-	51, // 17: sandboxd.v1.RunWorkloadRequest.labels:type_name -> sandboxd.v1.RunWorkloadRequest.LabelsEntry
-	52, // 18: sandboxd.v1.RunWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
+	51, // 0: sandboxd.v1.CreateWorkloadRequest.labels:type_name -> sandboxd.v1.CreateWorkloadRequest.LabelsEntry
+	55, // 1: sandboxd.v1.CreateWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
+	56, // 2: sandboxd.v1.CreateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	56, // 3: sandboxd.v1.StartWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	56, // 4: sandboxd.v1.GetWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	52, // 5: sandboxd.v1.ListWorkloadsRequest.labels:type_name -> sandboxd.v1.ListWorkloadsRequest.LabelsEntry
+	57, // 6: sandboxd.v1.ListWorkloadsRequest.states:type_name -> sandboxd.v1.WorkloadState
+	58, // 7: sandboxd.v1.ListWorkloadsRequest.isolation:type_name -> sandboxd.v1.Isolation
+	56, // 8: sandboxd.v1.ListWorkloadsResponse.workloads:type_name -> sandboxd.v1.Workload
+	59, // 9: sandboxd.v1.StopWorkloadRequest.grace:type_name -> google.protobuf.Duration
+	56, // 10: sandboxd.v1.StopWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	60, // 11: sandboxd.v1.UpdateWorkloadRequest.resources:type_name -> sandboxd.v1.Resources
+	61, // 12: sandboxd.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	56, // 13: sandboxd.v1.UpdateWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	56, // 14: sandboxd.v1.PauseWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	56, // 15: sandboxd.v1.ResumeWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	56, // 16: sandboxd.v1.WaitWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	53, // 17: sandboxd.v1.RunWorkloadRequest.labels:type_name -> sandboxd.v1.RunWorkloadRequest.LabelsEntry
+	55, // 18: sandboxd.v1.RunWorkloadRequest.spec:type_name -> sandboxd.v1.WorkloadSpec
 	0,  // 19: sandboxd.v1.RunWorkloadResponse.event:type_name -> sandboxd.v1.RunEvent
-	53, // 20: sandboxd.v1.RunWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
+	56, // 20: sandboxd.v1.RunWorkloadResponse.workload:type_name -> sandboxd.v1.Workload
 	27, // 21: sandboxd.v1.ExecRequest.start:type_name -> sandboxd.v1.ExecStart
 	28, // 22: sandboxd.v1.ExecRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
-	59, // 23: sandboxd.v1.ExecRequest.resize:type_name -> sandboxd.v1.TerminalSize
-	59, // 24: sandboxd.v1.ExecStart.terminal_size:type_name -> sandboxd.v1.TerminalSize
+	62, // 23: sandboxd.v1.ExecRequest.resize:type_name -> sandboxd.v1.TerminalSize
+	62, // 24: sandboxd.v1.ExecStart.terminal_size:type_name -> sandboxd.v1.TerminalSize
 	30, // 25: sandboxd.v1.ExecResponse.started:type_name -> sandboxd.v1.ExecStarted
 	31, // 26: sandboxd.v1.ExecResponse.exit:type_name -> sandboxd.v1.ProcessExit
 	33, // 27: sandboxd.v1.AttachRequest.start:type_name -> sandboxd.v1.AttachStart
 	28, // 28: sandboxd.v1.AttachRequest.close_stdin:type_name -> sandboxd.v1.CloseStdin
-	59, // 29: sandboxd.v1.AttachRequest.resize:type_name -> sandboxd.v1.TerminalSize
+	62, // 29: sandboxd.v1.AttachRequest.resize:type_name -> sandboxd.v1.TerminalSize
 	35, // 30: sandboxd.v1.AttachResponse.started:type_name -> sandboxd.v1.AttachStarted
 	31, // 31: sandboxd.v1.AttachResponse.exit:type_name -> sandboxd.v1.ProcessExit
-	60, // 32: sandboxd.v1.StreamLogsRequest.since:type_name -> google.protobuf.Timestamp
-	60, // 33: sandboxd.v1.StreamLogsResponse.time:type_name -> google.protobuf.Timestamp
+	63, // 32: sandboxd.v1.StreamLogsRequest.since:type_name -> google.protobuf.Timestamp
+	63, // 33: sandboxd.v1.StreamLogsResponse.time:type_name -> google.protobuf.Timestamp
 	1,  // 34: sandboxd.v1.StreamLogsResponse.stream:type_name -> sandboxd.v1.OutputStream
 	39, // 35: sandboxd.v1.CopyInRequest.start:type_name -> sandboxd.v1.CopyInStart
-	61, // 36: sandboxd.v1.GetUsageResponse.usage:type_name -> sandboxd.v1.Usage
-	60, // 37: sandboxd.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
-	62, // 38: sandboxd.v1.WatchEventsResponse.event:type_name -> sandboxd.v1.Event
-	2,  // 39: sandboxd.v1.WorkloadService.CreateWorkload:input_type -> sandboxd.v1.CreateWorkloadRequest
-	4,  // 40: sandboxd.v1.WorkloadService.StartWorkload:input_type -> sandboxd.v1.StartWorkloadRequest
-	6,  // 41: sandboxd.v1.WorkloadService.GetWorkload:input_type -> sandboxd.v1.GetWorkloadRequest
-	8,  // 42: sandboxd.v1.WorkloadService.ListWorkloads:input_type -> sandboxd.v1.ListWorkloadsRequest
-	10, // 43: sandboxd.v1.WorkloadService.StopWorkload:input_type -> sandboxd.v1.StopWorkloadRequest
-	12, // 44: sandboxd.v1.WorkloadService.KillWorkload:input_type -> sandboxd.v1.KillWorkloadRequest
-	14, // 45: sandboxd.v1.WorkloadService.UpdateWorkload:input_type -> sandboxd.v1.UpdateWorkloadRequest
-	16, // 46: sandboxd.v1.WorkloadService.PauseWorkload:input_type -> sandboxd.v1.PauseWorkloadRequest
-	18, // 47: sandboxd.v1.WorkloadService.ResumeWorkload:input_type -> sandboxd.v1.ResumeWorkloadRequest
-	20, // 48: sandboxd.v1.WorkloadService.WaitWorkload:input_type -> sandboxd.v1.WaitWorkloadRequest
-	22, // 49: sandboxd.v1.WorkloadService.DeleteWorkload:input_type -> sandboxd.v1.DeleteWorkloadRequest
-	24, // 50: sandboxd.v1.WorkloadService.RunWorkload:input_type -> sandboxd.v1.RunWorkloadRequest
-	26, // 51: sandboxd.v1.WorkloadService.Exec:input_type -> sandboxd.v1.ExecRequest
-	32, // 52: sandboxd.v1.WorkloadService.Attach:input_type -> sandboxd.v1.AttachRequest
-	36, // 53: sandboxd.v1.WorkloadService.StreamLogs:input_type -> sandboxd.v1.StreamLogsRequest
-	38, // 54: sandboxd.v1.WorkloadService.CopyIn:input_type -> sandboxd.v1.CopyInRequest
-	41, // 55: sandboxd.v1.WorkloadService.CopyOut:input_type -> sandboxd.v1.CopyOutRequest
-	43, // 56: sandboxd.v1.WorkloadService.GetUsage:input_type -> sandboxd.v1.GetUsageRequest
-	45, // 57: sandboxd.v1.WorkloadService.WatchEvents:input_type -> sandboxd.v1.WatchEventsRequest
-	47, // 58: sandboxd.v1.WorkloadService.GetOCIConfig:input_type -> sandboxd.v1.GetOCIConfigRequest
-	3,  // 59: sandboxd.v1.WorkloadService.CreateWorkload:output_type -> sandboxd.v1.CreateWorkloadResponse
-	5,  // 60: sandboxd.v1.WorkloadService.StartWorkload:output_type -> sandboxd.v1.StartWorkloadResponse
-	7,  // 61: sandboxd.v1.WorkloadService.GetWorkload:output_type -> sandboxd.v1.GetWorkloadResponse
-	9,  // 62: sandboxd.v1.WorkloadService.ListWorkloads:output_type -> sandboxd.v1.ListWorkloadsResponse
-	11, // 63: sandboxd.v1.WorkloadService.StopWorkload:output_type -> sandboxd.v1.StopWorkloadResponse
-	13, // 64: sandboxd.v1.WorkloadService.KillWorkload:output_type -> sandboxd.v1.KillWorkloadResponse
-	15, // 65: sandboxd.v1.WorkloadService.UpdateWorkload:output_type -> sandboxd.v1.UpdateWorkloadResponse
-	17, // 66: sandboxd.v1.WorkloadService.PauseWorkload:output_type -> sandboxd.v1.PauseWorkloadResponse
-	19, // 67: sandboxd.v1.WorkloadService.ResumeWorkload:output_type -> sandboxd.v1.ResumeWorkloadResponse
-	21, // 68: sandboxd.v1.WorkloadService.WaitWorkload:output_type -> sandboxd.v1.WaitWorkloadResponse
-	23, // 69: sandboxd.v1.WorkloadService.DeleteWorkload:output_type -> sandboxd.v1.DeleteWorkloadResponse
-	25, // 70: sandboxd.v1.WorkloadService.RunWorkload:output_type -> sandboxd.v1.RunWorkloadResponse
-	29, // 71: sandboxd.v1.WorkloadService.Exec:output_type -> sandboxd.v1.ExecResponse
-	34, // 72: sandboxd.v1.WorkloadService.Attach:output_type -> sandboxd.v1.AttachResponse
-	37, // 73: sandboxd.v1.WorkloadService.StreamLogs:output_type -> sandboxd.v1.StreamLogsResponse
-	40, // 74: sandboxd.v1.WorkloadService.CopyIn:output_type -> sandboxd.v1.CopyInResponse
-	42, // 75: sandboxd.v1.WorkloadService.CopyOut:output_type -> sandboxd.v1.CopyOutResponse
-	44, // 76: sandboxd.v1.WorkloadService.GetUsage:output_type -> sandboxd.v1.GetUsageResponse
-	46, // 77: sandboxd.v1.WorkloadService.WatchEvents:output_type -> sandboxd.v1.WatchEventsResponse
-	48, // 78: sandboxd.v1.WorkloadService.GetOCIConfig:output_type -> sandboxd.v1.GetOCIConfigResponse
-	59, // [59:79] is the sub-list for method output_type
-	39, // [39:59] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	64, // 36: sandboxd.v1.GetUsageResponse.usage:type_name -> sandboxd.v1.Usage
+	54, // 37: sandboxd.v1.ListUsageRequest.labels:type_name -> sandboxd.v1.ListUsageRequest.LabelsEntry
+	58, // 38: sandboxd.v1.ListUsageRequest.isolation:type_name -> sandboxd.v1.Isolation
+	64, // 39: sandboxd.v1.ListUsageResponse.usages:type_name -> sandboxd.v1.Usage
+	63, // 40: sandboxd.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
+	65, // 41: sandboxd.v1.WatchEventsResponse.event:type_name -> sandboxd.v1.Event
+	2,  // 42: sandboxd.v1.WorkloadService.CreateWorkload:input_type -> sandboxd.v1.CreateWorkloadRequest
+	4,  // 43: sandboxd.v1.WorkloadService.StartWorkload:input_type -> sandboxd.v1.StartWorkloadRequest
+	6,  // 44: sandboxd.v1.WorkloadService.GetWorkload:input_type -> sandboxd.v1.GetWorkloadRequest
+	8,  // 45: sandboxd.v1.WorkloadService.ListWorkloads:input_type -> sandboxd.v1.ListWorkloadsRequest
+	10, // 46: sandboxd.v1.WorkloadService.StopWorkload:input_type -> sandboxd.v1.StopWorkloadRequest
+	12, // 47: sandboxd.v1.WorkloadService.KillWorkload:input_type -> sandboxd.v1.KillWorkloadRequest
+	14, // 48: sandboxd.v1.WorkloadService.UpdateWorkload:input_type -> sandboxd.v1.UpdateWorkloadRequest
+	16, // 49: sandboxd.v1.WorkloadService.PauseWorkload:input_type -> sandboxd.v1.PauseWorkloadRequest
+	18, // 50: sandboxd.v1.WorkloadService.ResumeWorkload:input_type -> sandboxd.v1.ResumeWorkloadRequest
+	20, // 51: sandboxd.v1.WorkloadService.WaitWorkload:input_type -> sandboxd.v1.WaitWorkloadRequest
+	22, // 52: sandboxd.v1.WorkloadService.DeleteWorkload:input_type -> sandboxd.v1.DeleteWorkloadRequest
+	24, // 53: sandboxd.v1.WorkloadService.RunWorkload:input_type -> sandboxd.v1.RunWorkloadRequest
+	26, // 54: sandboxd.v1.WorkloadService.Exec:input_type -> sandboxd.v1.ExecRequest
+	32, // 55: sandboxd.v1.WorkloadService.Attach:input_type -> sandboxd.v1.AttachRequest
+	36, // 56: sandboxd.v1.WorkloadService.StreamLogs:input_type -> sandboxd.v1.StreamLogsRequest
+	38, // 57: sandboxd.v1.WorkloadService.CopyIn:input_type -> sandboxd.v1.CopyInRequest
+	41, // 58: sandboxd.v1.WorkloadService.CopyOut:input_type -> sandboxd.v1.CopyOutRequest
+	43, // 59: sandboxd.v1.WorkloadService.GetUsage:input_type -> sandboxd.v1.GetUsageRequest
+	45, // 60: sandboxd.v1.WorkloadService.ListUsage:input_type -> sandboxd.v1.ListUsageRequest
+	47, // 61: sandboxd.v1.WorkloadService.WatchEvents:input_type -> sandboxd.v1.WatchEventsRequest
+	49, // 62: sandboxd.v1.WorkloadService.GetOCIConfig:input_type -> sandboxd.v1.GetOCIConfigRequest
+	3,  // 63: sandboxd.v1.WorkloadService.CreateWorkload:output_type -> sandboxd.v1.CreateWorkloadResponse
+	5,  // 64: sandboxd.v1.WorkloadService.StartWorkload:output_type -> sandboxd.v1.StartWorkloadResponse
+	7,  // 65: sandboxd.v1.WorkloadService.GetWorkload:output_type -> sandboxd.v1.GetWorkloadResponse
+	9,  // 66: sandboxd.v1.WorkloadService.ListWorkloads:output_type -> sandboxd.v1.ListWorkloadsResponse
+	11, // 67: sandboxd.v1.WorkloadService.StopWorkload:output_type -> sandboxd.v1.StopWorkloadResponse
+	13, // 68: sandboxd.v1.WorkloadService.KillWorkload:output_type -> sandboxd.v1.KillWorkloadResponse
+	15, // 69: sandboxd.v1.WorkloadService.UpdateWorkload:output_type -> sandboxd.v1.UpdateWorkloadResponse
+	17, // 70: sandboxd.v1.WorkloadService.PauseWorkload:output_type -> sandboxd.v1.PauseWorkloadResponse
+	19, // 71: sandboxd.v1.WorkloadService.ResumeWorkload:output_type -> sandboxd.v1.ResumeWorkloadResponse
+	21, // 72: sandboxd.v1.WorkloadService.WaitWorkload:output_type -> sandboxd.v1.WaitWorkloadResponse
+	23, // 73: sandboxd.v1.WorkloadService.DeleteWorkload:output_type -> sandboxd.v1.DeleteWorkloadResponse
+	25, // 74: sandboxd.v1.WorkloadService.RunWorkload:output_type -> sandboxd.v1.RunWorkloadResponse
+	29, // 75: sandboxd.v1.WorkloadService.Exec:output_type -> sandboxd.v1.ExecResponse
+	34, // 76: sandboxd.v1.WorkloadService.Attach:output_type -> sandboxd.v1.AttachResponse
+	37, // 77: sandboxd.v1.WorkloadService.StreamLogs:output_type -> sandboxd.v1.StreamLogsResponse
+	40, // 78: sandboxd.v1.WorkloadService.CopyIn:output_type -> sandboxd.v1.CopyInResponse
+	42, // 79: sandboxd.v1.WorkloadService.CopyOut:output_type -> sandboxd.v1.CopyOutResponse
+	44, // 80: sandboxd.v1.WorkloadService.GetUsage:output_type -> sandboxd.v1.GetUsageResponse
+	46, // 81: sandboxd.v1.WorkloadService.ListUsage:output_type -> sandboxd.v1.ListUsageResponse
+	48, // 82: sandboxd.v1.WorkloadService.WatchEvents:output_type -> sandboxd.v1.WatchEventsResponse
+	50, // 83: sandboxd.v1.WorkloadService.GetOCIConfig:output_type -> sandboxd.v1.GetOCIConfigResponse
+	63, // [63:84] is the sub-list for method output_type
+	42, // [42:63] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_v1_workload_service_proto_init() }
@@ -3323,7 +3471,7 @@ func file_sandboxd_v1_workload_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_v1_workload_service_proto_rawDesc), len(file_sandboxd_v1_workload_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   50,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

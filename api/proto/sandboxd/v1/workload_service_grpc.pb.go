@@ -37,6 +37,7 @@ const (
 	WorkloadService_CopyIn_FullMethodName         = "/sandboxd.v1.WorkloadService/CopyIn"
 	WorkloadService_CopyOut_FullMethodName        = "/sandboxd.v1.WorkloadService/CopyOut"
 	WorkloadService_GetUsage_FullMethodName       = "/sandboxd.v1.WorkloadService/GetUsage"
+	WorkloadService_ListUsage_FullMethodName      = "/sandboxd.v1.WorkloadService/ListUsage"
 	WorkloadService_WatchEvents_FullMethodName    = "/sandboxd.v1.WorkloadService/WatchEvents"
 	WorkloadService_GetOCIConfig_FullMethodName   = "/sandboxd.v1.WorkloadService/GetOCIConfig"
 )
@@ -94,6 +95,8 @@ type WorkloadServiceClient interface {
 	// CopyOut answers with a tar stream of a file or directory of a running workload.
 	CopyOut(ctx context.Context, in *CopyOutRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CopyOutResponse], error)
 	GetUsage(ctx context.Context, in *GetUsageRequest, opts ...grpc.CallOption) (*GetUsageResponse, error)
+	// GetUsage of every workload that runs or is paused, in one call.
+	ListUsage(ctx context.Context, in *ListUsageRequest, opts ...grpc.CallOption) (*ListUsageResponse, error)
 	WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error)
 	// GetOCIConfig answers with the effective OCI runtime-spec config of a workload, as JSON.
 	GetOCIConfig(ctx context.Context, in *GetOCIConfigRequest, opts ...grpc.CallOption) (*GetOCIConfigResponse, error)
@@ -323,6 +326,16 @@ func (c *workloadServiceClient) GetUsage(ctx context.Context, in *GetUsageReques
 	return out, nil
 }
 
+func (c *workloadServiceClient) ListUsage(ctx context.Context, in *ListUsageRequest, opts ...grpc.CallOption) (*ListUsageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListUsageResponse)
+	err := c.cc.Invoke(ctx, WorkloadService_ListUsage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *workloadServiceClient) WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &WorkloadService_ServiceDesc.Streams[6], WorkloadService_WatchEvents_FullMethodName, cOpts...)
@@ -405,6 +418,8 @@ type WorkloadServiceServer interface {
 	// CopyOut answers with a tar stream of a file or directory of a running workload.
 	CopyOut(*CopyOutRequest, grpc.ServerStreamingServer[CopyOutResponse]) error
 	GetUsage(context.Context, *GetUsageRequest) (*GetUsageResponse, error)
+	// GetUsage of every workload that runs or is paused, in one call.
+	ListUsage(context.Context, *ListUsageRequest) (*ListUsageResponse, error)
 	WatchEvents(*WatchEventsRequest, grpc.ServerStreamingServer[WatchEventsResponse]) error
 	// GetOCIConfig answers with the effective OCI runtime-spec config of a workload, as JSON.
 	GetOCIConfig(context.Context, *GetOCIConfigRequest) (*GetOCIConfigResponse, error)
@@ -471,6 +486,9 @@ func (UnimplementedWorkloadServiceServer) CopyOut(*CopyOutRequest, grpc.ServerSt
 }
 func (UnimplementedWorkloadServiceServer) GetUsage(context.Context, *GetUsageRequest) (*GetUsageResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetUsage not implemented")
+}
+func (UnimplementedWorkloadServiceServer) ListUsage(context.Context, *ListUsageRequest) (*ListUsageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListUsage not implemented")
 }
 func (UnimplementedWorkloadServiceServer) WatchEvents(*WatchEventsRequest, grpc.ServerStreamingServer[WatchEventsResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchEvents not implemented")
@@ -769,6 +787,24 @@ func _WorkloadService_GetUsage_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _WorkloadService_ListUsage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListUsageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkloadServiceServer).ListUsage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: WorkloadService_ListUsage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkloadServiceServer).ListUsage(ctx, req.(*ListUsageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _WorkloadService_WatchEvents_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchEventsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -852,6 +888,10 @@ var WorkloadService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetUsage",
 			Handler:    _WorkloadService_GetUsage_Handler,
+		},
+		{
+			MethodName: "ListUsage",
+			Handler:    _WorkloadService_ListUsage_Handler,
 		},
 		{
 			MethodName: "GetOCIConfig",
