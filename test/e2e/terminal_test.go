@@ -130,8 +130,9 @@ func TestTerminal(t *testing.T) {
 				return strings.Contains(p.seen.String(), "24 80"), p.seen.String()
 			})
 			// An interrupt is the terminal's inside, not sandboxctl's end.
-			// Not before the shell says that it runs the line: while it edits one, it takes the key as a key.
-			p.typeIn(t, "echo sleeps-$((5*5)); sleep 599\n")
+			// Not before who is to be interrupted says that it is there: while the shell edits a line it takes the key as a key, and
+			// between two commands of a line it is the one who is interrupted, and goes on to the second.
+			p.typeIn(t, "sh -c 'echo sleeps-$((5*5)); exec sleep 599'\n")
 			p.shows(t, "sleeps-25")
 			p.typeIn(t, "\x03")
 			p.typeIn(t, "echo survived-$((7*7))\n")
