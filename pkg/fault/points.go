@@ -36,7 +36,7 @@ var points = []struct {
 	{"update", both, []string{"recorded", "applied"}},
 	{"stop", both, []string{"asked to end", "killed"}},
 	{"end", both, []string{"seen", "output complete", "shut down", "released"}},
-	{"delete", both, []string{"walls killed", "sandbox removed", "network left", "output removed"}},
+	{"delete", both, []string{"asked for", "walls killed", "sandbox removed", "network left", "output removed"}},
 	{"recover", both, []string{"strays removed", "attached", "stilled", "adopted", "taken down"}},
 
 	// pkg/runtime/container.

@@ -2,6 +2,7 @@ package workload
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -193,5 +194,105 @@ func TestJournalLeavesNoHalf(t *testing.T) {
 	}
 	if got := names(t, s); !slices.Equal(got, []string{"a 1"}) {
 		t.Errorf("%v", got)
+	}
+}
+
+// damageRecord flips a bit in every change of a workload's, whole ones of others between them, as a failing disk may.
+func damageRecord(t *testing.T, dir, id string) {
+	t.Helper()
+	path := filepath.Join(dir, journalFile)
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mark := []byte(`{"id":"` + id + `"`)
+	found := 0
+	for at := 0; ; found++ {
+		i := bytes.Index(content[at:], mark)
+		if i < 0 {
+			break
+		}
+		at += i + len(mark)
+		content[at+1] ^= 1
+	}
+	if found == 0 {
+		t.Fatal("the journal does not speak of it")
+	}
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Of a workload whose record is lost everything stays, until somebody removes it by its id.
+func TestLostWorkloadIsRemovedByForce(t *testing.T) {
+	h := newHost(t)
+	m := h.open()
+	id := h.start(m, "echo hello; exec sleep 1000")
+	h.awaitOutput(m, id, "hello")
+	kept := h.create(m, "true") // whole changes follow
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	damageRecord(t, m.dir, id)
+	m = h.open()
+	defer m.Close()
+	if _, err := m.Get(id); spec.KindOf(err) != spec.KindNotFound {
+		t.Fatalf("its record should be lost: %v", err)
+	}
+	if left := h.sandboxes(); len(left) != 1 {
+		t.Fatalf("its sandbox is gone: %v", left)
+	}
+	for ref, force := range map[string]bool{id: false, id[:12]: true, "../" + id: true, strings.Repeat("0", 32): true} {
+		if err := m.Delete(h.ctx(), ref, force); spec.KindOf(err) != spec.KindNotFound {
+			t.Errorf("removal of %s, by force %v: %v", ref, force, err)
+		}
+	}
+	if left := h.sandboxes(); len(left) != 1 {
+		t.Fatalf("its sandbox is gone: %v", left)
+	}
+	h.rt.failRemoves(1)
+	if err := m.Delete(h.ctx(), id, true); spec.KindOf(err) != spec.KindUnavailable {
+		t.Errorf("a removal that fails: %v", err)
+	}
+	if err := m.Delete(h.ctx(), id, true); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, h, m, id)
+	if _, err := m.Get(kept); err != nil {
+		t.Errorf("the other workload: %v", err)
+	}
+	if err := m.Delete(h.ctx(), id, true); spec.KindOf(err) != spec.KindNotFound {
+		t.Errorf("removed twice: %v", err)
+	}
+}
+
+// A workload whose last changes are lost has an earlier state again. It can be removed by force, whatever runs of it.
+func TestWorkloadOfAnEarlierStateIsRemovedByForce(t *testing.T) {
+	for _, state := range []State{StateCreated, StateStarting, StateFailed} {
+		h := newHost(t)
+		m := h.open()
+		id := h.start(m, "exec sleep 1000")
+		e, err := m.find(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st, err := openStore(m.dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rec := e.rec
+		rec.Status.State = state
+		_, err = st.put(&rec)
+		if err := errors.Join(err, st.close()); err != nil {
+			t.Fatal(err)
+		}
+		m = h.boot()
+		if err := m.Delete(h.ctx(), id, true); err != nil {
+			t.Errorf("%s: %v", state, err)
+		}
+		wantGone(t, h, m, id)
 	}
 }

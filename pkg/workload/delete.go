@@ -15,26 +15,29 @@ import (
 )
 
 // Delete removes a workload, its output and its writable layer; one that runs only with force, which kills it. Once
-// begun it goes on without its caller, and after a restart.
+// begun it goes on without its caller, and after a restart. With force it also removes what is left of a workload whose record
+// was lost to a damaged journal, by its full id.
 func (m *Manager) Delete(ctx context.Context, ref string, force bool) error {
 	e, err := m.find(ref)
+	if force && spec.KindOf(err) == spec.KindNotFound {
+		return m.removeLost(ctx, ref, err)
+	}
 	if err != nil {
 		return err
 	}
-	if force {
-		if err := e.killWalls(ctx); err != nil {
+	remove := e.removeByForce
+	if !force {
+		if err := e.lock(ctx); err != nil {
 			return err
 		}
-		fault.At("delete", "walls killed")
-	}
-	if err := e.lock(ctx); err != nil {
-		return err
+		remove = func() error {
+			defer e.unlock()
+			return e.delete()
+		}
 	}
 	result := make(chan error, 1)
 	m.owned.Go(func() {
-		err := e.delete()
-		e.unlock()
-		result <- err
+		result <- remove()
 		e.keepRemoving()
 	})
 	select {
@@ -44,6 +47,39 @@ func (m *Manager) Delete(ctx context.Context, ref string, force bool) error {
 		return ctx.Err()
 	}
 }
+
+// removeByForce ends a workload, whatever it is doing, and removes it. That it is to be removed is on the disk before anything
+// of it is killed: the daemon may die in between, and the next one finishes it.
+func (e *entry) removeByForce() error {
+	for {
+		rec, _, _ := e.peek()
+		if !standing(rec.Status.State) {
+			if err := e.lock(e.m.ctx); err != nil {
+				return err
+			}
+			// Who had the lock may have started it.
+			if rec, _, _ := e.peek(); !standing(rec.Status.State) {
+				defer e.unlock()
+				return e.delete()
+			}
+			e.unlock()
+			continue
+		}
+		if !rec.Condemned {
+			if err := e.amend(func(r *record) { r.Condemned = true }); err != nil {
+				return err
+			}
+			fault.At("delete", "asked for")
+		}
+		if err := e.killWalls(e.m.ctx); err != nil {
+			return err
+		}
+		fault.At("delete", "walls killed")
+	}
+}
+
+// standing reports whether a workload of that state may have walls that somebody is using.
+func standing(s State) bool { return s != StateCreated && s != StateDeleting && !terminal(s) }
 
 // killWalls ends a workload at once, whatever it is doing.
 func (e *entry) killWalls(ctx context.Context) error {
@@ -68,8 +104,6 @@ func (e *entry) killWalls(ctx context.Context) error {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return ctx.Err()
-		case <-e.m.ctx.Done():
 			return errClosing
 		}
 	}
@@ -88,8 +122,16 @@ func (e *entry) delete() error {
 	if !e.m.has(e) {
 		return spec.Errorf(spec.KindNotFound, "no workload %q: it was deleted meanwhile", e.name)
 	}
-	if err := e.setState(StateDeleting, nil); err != nil {
-		return err
+	return e.removeRecorded()
+}
+
+// removeRecorded is remove, once the state says so. One that is being removed already needs no room for another record: it makes
+// some.
+func (e *entry) removeRecorded() error {
+	if rec, _, _ := e.peek(); rec.Status.State != StateDeleting {
+		if err := e.setState(StateDeleting, nil); err != nil {
+			return err
+		}
 	}
 	return e.remove()
 }
@@ -102,14 +144,14 @@ const (
 	removeRetries = 64
 )
 
-// keepRemoving tries again to finish what the state DELETING promises, one at a time for a workload, until it is done. A caller
-// who asks meanwhile is as good.
+// keepRemoving tries again to finish a removal that was begun, or asked for by force, one at a time for a workload, until it is
+// done. A caller who asks meanwhile is as good.
 func (e *entry) keepRemoving() {
-	deleting := func() bool {
+	removing := func() bool {
 		rec, _, _ := e.peek()
-		return rec.Status.State == StateDeleting && e.m.has(e)
+		return (rec.Status.State == StateDeleting || rec.Condemned) && e.m.has(e)
 	}
-	if !deleting() || !e.removing.CompareAndSwap(false, true) {
+	if !removing() || !e.removing.CompareAndSwap(false, true) {
 		return
 	}
 	defer e.removing.Store(false)
@@ -120,15 +162,11 @@ func (e *entry) keepRemoving() {
 		case <-e.m.ctx.Done():
 			return
 		}
-		if e.lock(e.m.ctx) != nil {
+		if !removing() {
 			return
 		}
-		var err error
-		if deleting() {
-			err = e.remove()
-		}
-		e.unlock()
-		if err == nil {
+		err := e.removeByForce()
+		if err == nil || e.m.ctx.Err() != nil {
 			return
 		}
 		e.m.cfg.Log.Warn("cannot finish removing a workload; it is tried again", zap.String("workload", e.id), zap.Error(err))

@@ -1,6 +1,9 @@
 package workload
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"path/filepath"
 	"testing"
 	"time"
@@ -66,4 +69,96 @@ func TestRecoveredRemovalIsTriedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantGone(t, h, h.boot(), id)
+}
+
+// A daemon that dies once a removal by force was asked for, before, while and after it kills, leaves it to the next one.
+func TestForcedRemovalIsFinishedByTheNextDaemon(t *testing.T) {
+	for _, state := range []State{StateStarting, StateRunning, StateStopping, StateFailed} {
+		for _, killed := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s killed %v", state, killed), func(t *testing.T) {
+				h := newHost(t)
+				m := h.open()
+				id := h.start(m, "exec sleep 1000")
+				e, err := m.find(id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, r, _ := e.peek()
+				if err := m.Close(); err != nil { // as if it died: nothing is touched
+					t.Fatal(err)
+				}
+				if killed {
+					if err := r.inst.Kill(); err != nil {
+						t.Fatal(err)
+					}
+					<-r.inst.Done()
+				}
+				st, err := openStore(m.dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				rec := e.rec
+				rec.Condemned, rec.Status.State = true, state
+				if _, err := st.put(&rec); err != nil {
+					t.Fatal(err)
+				}
+				if err := st.close(); err != nil {
+					t.Fatal(err)
+				}
+				h.rt.failRemoves(1) // the attempt of its recovery: it is tried again
+				wantGone(t, h, h.boot(), id)
+			})
+		}
+	}
+}
+
+// Its record says what is to become of it before anything is killed, and goes on without its caller.
+func TestForcedRemovalIsRecordedFirst(t *testing.T) {
+	h := newHost(t)
+	m := h.boot()
+	id := h.start(m, "exec sleep 1000")
+	e, err := m.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.lock(h.ctx()); err != nil { // so that it is killed, and not removed yet
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(h.ctx())
+	told := make(chan error, 1)
+	go func() { told <- m.Delete(ctx, id, true) }()
+	if w := h.wait(m, id); w.Status.State != StateFailed {
+		t.Errorf("killed, it is %s", w.Status.State)
+	}
+	rec, _, _ := e.peek()
+	if stored := storedRecord(t, m, id); !rec.Condemned || !stored.Condemned {
+		t.Errorf("it was killed, and its record does not say why: %v, on the disk %v", rec.Condemned, stored.Condemned)
+	}
+	cancel()
+	if err := <-told; !errors.Is(err, context.Canceled) {
+		t.Errorf("its caller was told %v", err)
+	}
+	if _, err := m.Get(id); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.start(h.ctx()); spec.KindOf(err) != spec.KindWrongState {
+		t.Errorf("started, though it is to be removed: %v", err)
+	}
+	e.unlock()
+	wantGone(t, h, m, id)
+}
+
+func storedRecord(t *testing.T, m *Manager, id string) *record {
+	t.Helper()
+	all, err := m.store.all()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range all {
+		if r.ID == id {
+			return r
+		}
+	}
+	t.Fatalf("no record of %s", id)
+	return nil
 }

@@ -65,7 +65,8 @@ func (m *Manager) removeStrays(ctx context.Context) {
 	copies, err := m.store.damaged()
 	if err != nil || len(copies) > 0 {
 		m.cfg.Log.Error("records were damaged: what bears no record stays, since it may be of a workload whose record is lost; "+
-			"look at it, then remove these copies and start sandboxd again", zap.Strings("copies", copies), zap.Error(err))
+			"look at it, then remove these copies and start sandboxd again, or remove single ones with `sandboxctl rm --force ID`",
+			zap.Strings("copies", copies), zap.Strings("ids", m.lost(ctx, warn)), zap.Error(err))
 		return
 	}
 	for isolation, rt := range m.cfg.Runtimes {
@@ -116,20 +117,18 @@ func (m *Manager) leaveNetworks(ctx context.Context, warn func(what, id string, 
 
 func (e *entry) recover(ctx context.Context) error {
 	rec, _, _ := e.peek()
-	if rec.Restoring && rec.Status.State != StateDeleting {
-		// Nobody was told of it, and what it was to go on from may be gone.
-		if err := e.setState(StateDeleting, nil); err != nil {
-			return err
-		}
-		return e.remove()
-	}
-	switch rec.Status.State {
-	case StateDeleting:
-		err := e.remove()
+	// Of one that was to go on from a snapshot nobody was told, and that may be gone.
+	if rec.Restoring || rec.Condemned || rec.Status.State == StateDeleting {
+		err := e.removeRecorded()
 		if err != nil {
+			e.mu.Lock()
+			e.unreachable = err
+			e.mu.Unlock()
 			e.m.owned.Go(e.keepRemoving)
 		}
 		return err
+	}
+	switch rec.Status.State {
 	case StateStarting, StateRunning, StatePaused, StateStopping:
 	default:
 		return e.takeDown(ctx)

@@ -133,18 +133,17 @@ func (e *entry) startOnce(begin func(RunEvent) func(string, error) error) (Workl
 
 // removeEnded deletes a workload that is to be removed, once it has ended. That somebody else was faster is no error.
 func (e *entry) removeEnded(begin func(RunEvent) func(string, error) error) error {
-	still := func(s State) bool { return s != StateCreated && s != StateDeleting && !terminal(s) }
 	for {
 		if err := e.lock(e.m.ctx); err != nil {
 			return err
 		}
 		rec, _, _ := e.peek()
-		if !still(rec.Status.State) {
+		if !standing(rec.Status.State) {
 			break
 		}
 		// It runs, or was started again by somebody.
 		e.unlock()
-		if _, err := e.await(e.m.ctx, func(rec record) bool { return !still(rec.Status.State) }); err != nil {
+		if _, err := e.await(e.m.ctx, func(rec record) bool { return !standing(rec.Status.State) }); err != nil {
 			return err
 		}
 	}

@@ -70,6 +70,9 @@ func (e *entry) start(ctx context.Context) error {
 	if rec.Restoring {
 		return spec.Errorf(spec.KindWrongState, "workload %q is just being made of a snapshot", e.name)
 	}
+	if rec.Condemned {
+		return spec.Errorf(spec.KindWrongState, "workload %q is being removed", e.name)
+	}
 	switch rec.Status.State {
 	case StateCreated, StateExited, StateFailed:
 	default:

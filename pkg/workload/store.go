@@ -30,6 +30,8 @@ type record struct {
 	OutputBefore uint64 `json:"outputBefore,omitempty"`
 	// It is to go on from a snapshot and has not yet: without that it is nothing.
 	Restoring bool `json:"restoring,omitempty"`
+	// Its removal by force was asked for: whoever kills it removes it too, the next daemon if this one dies.
+	Condemned bool `json:"condemned,omitempty"`
 	// Resources as asked for, zero where nothing was: what they default to is in Spec.
 	Asked spec.Resources `json:"asked"`
 	// Who created it.

@@ -73,7 +73,7 @@ func (s *scene) promises(w *sandboxdv1.Workload) (lost []string) {
 	}
 	over := s.asked[release] || s.asked[stop] || s.asked[murder] || s.asked[remove] || s.endsItself
 	switch {
-	case state == created, state == failed && !s.asked[murder] && !s.asked[remove]: // by force: it was killed
+	case state == created, state == failed && !s.asked[murder]: // what was killed to be removed is gone
 		say("its start was told, and it is %s: %s", state, st.GetMessage())
 	case over:
 	case s.told[pause] && !s.asked[resume] && state != paused:

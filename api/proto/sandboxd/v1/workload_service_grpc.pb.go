@@ -75,7 +75,9 @@ type WorkloadServiceClient interface {
 	ResumeWorkload(ctx context.Context, in *ResumeWorkloadRequest, opts ...grpc.CallOption) (*ResumeWorkloadResponse, error)
 	// WaitWorkload answers when the workload has exited or failed.
 	WaitWorkload(ctx context.Context, in *WaitWorkloadRequest, opts ...grpc.CallOption) (*WaitWorkloadResponse, error)
-	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force.
+	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force. Once begun it goes on
+	// without its caller, and after a restart of the daemon. Where a damaged journal has lost the record of a workload, force and
+	// its full id remove what is left of it.
 	DeleteWorkload(ctx context.Context, in *DeleteWorkloadRequest, opts ...grpc.CallOption) (*DeleteWorkloadResponse, error)
 	// RunWorkload is CreateWorkload, StartWorkload, WaitWorkload and, with remove_when_ended, DeleteWorkload in one call, and
 	// answers as they do. The caller needs leave for all of them, from one role. Once the workload is recorded all of it goes on
@@ -398,7 +400,9 @@ type WorkloadServiceServer interface {
 	ResumeWorkload(context.Context, *ResumeWorkloadRequest) (*ResumeWorkloadResponse, error)
 	// WaitWorkload answers when the workload has exited or failed.
 	WaitWorkload(context.Context, *WaitWorkloadRequest) (*WaitWorkloadResponse, error)
-	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force.
+	// DeleteWorkload removes the workload, its logs and its writable layer. A running one only with force. Once begun it goes on
+	// without its caller, and after a restart of the daemon. Where a damaged journal has lost the record of a workload, force and
+	// its full id remove what is left of it.
 	DeleteWorkload(context.Context, *DeleteWorkloadRequest) (*DeleteWorkloadResponse, error)
 	// RunWorkload is CreateWorkload, StartWorkload, WaitWorkload and, with remove_when_ended, DeleteWorkload in one call, and
 	// answers as they do. The caller needs leave for all of them, from one role. Once the workload is recorded all of it goes on
